@@ -1,0 +1,193 @@
+"""What a model is: sizes, special ids and how it computes; the published sizes; Hugging Face's config.json."""
+
+import dataclasses
+import json
+import pathlib
+from typing import Any
+
+from refusion_jax.errors import UserError
+
+DTYPES = ("float32", "bfloat16")
+ATTENTION = ("auto", "xla", "cudnn", "splash")
+REMAT = ("none", "minimal", "full")
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelConfig:
+    """A Qwen3 decoder (method section 7).
+
+    `vocab_size` counts the rows of the embedding table; ids at or above `logical_vocab_size` are padding rows whose
+    logits never enter a softmax or an argmax. Special ids are None where nobody has said what they are.
+    """
+
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    tie_embeddings: bool
+    logical_vocab_size: int = 0  # 0: all rows
+    rope_theta: float = 1e6
+    rms_norm_eps: float = 1e-6
+    max_position_embeddings: int = 40960
+    mask_token_id: int | None = None
+    begin_token_id: int | None = None
+    eos_token_id: int | None = None
+    pad_token_id: int | None = None
+    # How it is computed; no effect on what the parameters mean.
+    dtype: str = "float32"
+    attention: str = "auto"
+    remat: str = "none"
+    scan_layers: bool = True
+
+    def __post_init__(self):
+        if not self.logical_vocab_size:
+            object.__setattr__(self, "logical_vocab_size", self.vocab_size)
+        for name in ("vocab_size", "hidden_size", "intermediate_size", "num_layers", "num_heads", "num_kv_heads", "head_dim"):
+            if getattr(self, name) < 1:
+                raise UserError(f"model.{name} is {getattr(self, name)}; it must be at least 1.")
+        if self.num_heads % self.num_kv_heads:
+            raise UserError(
+                f"model.num_heads = {self.num_heads} is not a multiple of model.num_kv_heads = {self.num_kv_heads}; "
+                "every key/value head serves the same number of query heads."
+            )
+        if self.head_dim % 2:
+            raise UserError(f"model.head_dim = {self.head_dim} is odd; rotary embeddings need an even one.")
+        if self.logical_vocab_size > self.vocab_size:
+            raise UserError(
+                f"model.logical_vocab_size = {self.logical_vocab_size} is larger than the table, model.vocab_size = {self.vocab_size}; "
+                "use a model whose table has a row for every id of the tokenizer."
+            )
+        for name, allowed in (("dtype", DTYPES), ("attention", ATTENTION), ("remat", REMAT)):
+            if getattr(self, name) not in allowed:
+                raise UserError(f"model.{name} is {getattr(self, name)!r}; choose one of {', '.join(allowed)}.")
+        for name in ("mask_token_id", "begin_token_id", "eos_token_id", "pad_token_id"):
+            value = getattr(self, name)
+            if value is not None and not 0 <= value < self.logical_vocab_size:
+                raise UserError(f"model.{name} = {value} is outside the vocabulary of {self.logical_vocab_size} ids; use the tokenizer the model was made for.")
+
+    def architecture(self) -> dict[str, Any]:
+        """The fields that the parameters' shapes and meaning depend on: what two checkpoints must agree on."""
+        names = ("vocab_size", "hidden_size", "intermediate_size", "num_layers", "num_heads", "num_kv_heads", "head_dim", "tie_embeddings", "rope_theta", "rms_norm_eps")
+        return {name: getattr(self, name) for name in names}
+
+    def num_params(self) -> int:
+        """Number of parameters, a tied table counted once."""
+        d, f, h = self.hidden_size, self.intermediate_size, self.head_dim
+        attention = 2 * d * self.num_heads * h + 2 * d * self.num_kv_heads * h + 2 * h
+        tables = (1 if self.tie_embeddings else 2) * self.vocab_size * d
+        return tables + d + self.num_layers * (attention + 3 * d * f + 2 * d)
+
+
+_QWEN3 = {
+    "0.6b": (28, 1024, 16, 3072, True),
+    "1.7b": (28, 2048, 16, 6144, True),
+    "4b": (36, 2560, 32, 9728, True),
+    "8b": (36, 4096, 32, 12288, False),
+    "14b": (40, 5120, 40, 17408, False),
+    "32b": (64, 5120, 64, 25600, False),
+}
+
+
+def qwen3(size: str) -> ModelConfig:
+    """The published Qwen3 of that size with ReFusion's special ids (method sections 1 and 7).
+
+    Args:
+      size: one of 0.6b, 1.7b, 4b, 8b, 14b, 32b.
+
+    Raises:
+      UserError: no such size.
+    """
+    if size not in _QWEN3:
+        raise UserError(f"There is no Qwen3 of size {size!r}; choose one of {', '.join(_QWEN3)}.")
+    layers, hidden, heads, mlp, tied = _QWEN3[size]
+    return ModelConfig(
+        vocab_size=151936, logical_vocab_size=151671, hidden_size=hidden, intermediate_size=mlp, num_layers=layers,
+        num_heads=heads, num_kv_heads=8, head_dim=128, tie_embeddings=tied,
+        mask_token_id=151670, begin_token_id=151669, eos_token_id=151645, pad_token_id=151643,
+    )  # fmt: skip
+
+
+def from_huggingface(source: dict[str, Any] | str | pathlib.Path) -> ModelConfig:
+    """ModelConfig of a Hugging Face Qwen3 `config.json`, given as its dict or its path.
+
+    Special ids are taken where the file names them (`mask_token_id`, `bos_token_id`, `eos_token_id`, `pad_token_id`).
+
+    Raises:
+      UserError: the file is missing or malformed, another architecture, scaled RoPE, biases, or a missing field.
+    """
+    where = "the given config"
+    if not isinstance(source, dict):
+        where = str(source)
+        try:
+            source = json.loads(pathlib.Path(source).read_text())
+        except OSError as error:
+            raise UserError(f"Cannot read the model's config {where}: {error.strerror or error}. Point at a folder with a config.json.") from None
+        except json.JSONDecodeError as error:
+            raise UserError(f"{where} is not valid JSON (line {error.lineno}: {error.msg}); download or export it again.") from None
+    if source.get("model_type") != "qwen3":
+        raise UserError(f"{where} describes a model of type {source.get('model_type')!r} ({source.get('architectures')}); only the dense Qwen3 decoder (model_type 'qwen3') can be read.")
+    rope = source.get("rope_parameters") or source.get("rope_scaling") or {}
+    if rope.get("rope_type", rope.get("type", "default")) != "default":
+        raise UserError(f"{where} asks for scaled rotary embeddings ({rope}); only the default kind is supported. Remove the scaling to use the model at its native length.")
+    if source.get("attention_bias"):
+        raise UserError(f"{where} has attention_bias = true; Qwen3 checkpoints without biases are supported.")
+    theta = source.get("rope_theta", rope.get("rope_theta"))
+    eos = source.get("eos_token_id")
+    try:
+        return ModelConfig(
+            vocab_size=source["vocab_size"],
+            hidden_size=source["hidden_size"],
+            intermediate_size=source["intermediate_size"],
+            num_layers=source["num_hidden_layers"],
+            num_heads=source["num_attention_heads"],
+            num_kv_heads=source["num_key_value_heads"],
+            head_dim=source["head_dim"],
+            tie_embeddings=bool(source.get("tie_word_embeddings", False)),
+            rope_theta=float(theta if theta is not None else 1e6),
+            rms_norm_eps=float(source["rms_norm_eps"]),
+            max_position_embeddings=source["max_position_embeddings"],
+            mask_token_id=source.get("mask_token_id"),
+            begin_token_id=source.get("bos_token_id"),
+            eos_token_id=eos[0] if isinstance(eos, list) else eos,
+            pad_token_id=source.get("pad_token_id"),
+        )
+    except KeyError as error:
+        raise UserError(f"{where} has no field {error}; it is not a complete Qwen3 config.") from None
+
+
+def to_huggingface(config: ModelConfig, dtype: str = "float32") -> dict[str, Any]:
+    """The `config.json` that transformers, and the authors' code, load this model with."""
+    ids = {
+        "mask_token_id": config.mask_token_id,
+        "bos_token_id": config.begin_token_id,
+        "eos_token_id": config.eos_token_id,
+        "pad_token_id": config.pad_token_id,
+    }
+    return {
+        "architectures": ["Qwen3ForCausalLM"],
+        "model_type": "qwen3",
+        "vocab_size": config.vocab_size,
+        "hidden_size": config.hidden_size,
+        "intermediate_size": config.intermediate_size,
+        "num_hidden_layers": config.num_layers,
+        "num_attention_heads": config.num_heads,
+        "num_key_value_heads": config.num_kv_heads,
+        "head_dim": config.head_dim,
+        "hidden_act": "silu",
+        "max_position_embeddings": config.max_position_embeddings,
+        "rms_norm_eps": config.rms_norm_eps,
+        "rope_theta": config.rope_theta,
+        "rope_scaling": None,
+        "tie_word_embeddings": config.tie_embeddings,
+        "attention_bias": False,
+        "attention_dropout": 0.0,
+        "initializer_range": 0.02,
+        "use_cache": True,
+        "use_sliding_window": False,
+        "sliding_window": None,
+        "torch_dtype": dtype,
+        **{name: value for name, value in ids.items() if value is not None},
+    }

@@ -1,0 +1,124 @@
+"""The layers of Qwen3, as explicit einsums over named parameters.
+
+Axis letters: B batch, T query length (or window), S key length (or cache length), D hidden, N query heads, K key/value
+heads, H head_dim, F mlp, L layers, V vocabulary.
+"""
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+
+from refusion_jax.model import attention
+from refusion_jax.model.config import ModelConfig
+
+
+def weight(module: nn.Module, name: str, axes: tuple[str, ...], shape: tuple[int, ...], fan_in: int) -> jax.Array:
+    """A matrix parameter with logical axis names, in float32, drawn with standard deviation fan_in^-1/2."""
+    init = nn.with_logical_partitioning(nn.initializers.normal(fan_in**-0.5), axes)
+    return module.param(name, init, shape, jnp.float32)
+
+
+def rms_norm(x: jax.Array, scale: jax.Array, epsilon: float) -> jax.Array:
+    """Root-mean-square normalisation of the last axis; statistics in float32, result in x's dtype."""
+    y = x.astype(jnp.float32)
+    y = y * jax.lax.rsqrt(jnp.mean(y * y, axis=-1, keepdims=True) + epsilon)
+    return (y * scale.astype(jnp.float32)).astype(x.dtype)
+
+
+def rotary_angles(positions: jax.Array, head_dim: int, theta: float) -> tuple[jax.Array, jax.Array]:
+    """cos and sin [batch, length, 1, head_dim / 2] in float32 of rotary embeddings at explicit positions."""
+    frequency = theta ** (-jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim)
+    angle = positions.astype(jnp.float32)[:, :, None, None] * frequency
+    return jnp.cos(angle), jnp.sin(angle)
+
+
+def rotate(x: jax.Array, angles: tuple[jax.Array, jax.Array]) -> jax.Array:
+    """Rotary embedding of x [batch, length, heads, head_dim] in float32, first half against second half."""
+    cos, sin = angles
+    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)
+
+
+class Table(nn.Module):
+    """A table with a row for every id: embedding or head [V, D]."""
+
+    config: ModelConfig
+
+    @nn.compact
+    def __call__(self) -> jax.Array:
+        init = nn.with_logical_partitioning(nn.initializers.normal(0.02), ("vocab", "embed"))
+        return self.param("embedding", init, (self.config.vocab_size, self.config.hidden_size), jnp.float32)
+
+
+class RMSNorm(nn.Module):
+    """RMS normalisation with a learned scale [D]."""
+
+    epsilon: float
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        scale = self.param("scale", nn.with_logical_partitioning(nn.initializers.ones, ("norm",)), (x.shape[-1],), jnp.float32)
+        return rms_norm(x, scale, self.epsilon)
+
+
+class Attention(nn.Module):
+    """Grouped-query attention with per-head RMS norm on queries and keys."""
+
+    config: ModelConfig
+
+    @nn.compact
+    def __call__(self, x, angles, context):
+        """x [B, T, D] -> ([B, T, D], context); `context` is one of attention.py's."""
+        c = self.config
+        d, n, k, h = c.hidden_size, c.num_heads, c.num_kv_heads, c.head_dim
+        query = weight(self, "query", ("embed", "heads", "head_dim"), (d, n, h), d)
+        key = weight(self, "key", ("embed", "kv_heads", "head_dim"), (d, k, h), d)
+        value = weight(self, "value", ("embed", "kv_heads", "head_dim"), (d, k, h), d)
+        output = weight(self, "output", ("heads", "head_dim", "embed"), (n, h, d), n * h)
+        ones = nn.with_logical_partitioning(nn.initializers.ones, ("norm",))
+        query_norm = self.param("query_norm", ones, (h,), jnp.float32)
+        key_norm = self.param("key_norm", ones, (h,), jnp.float32)
+
+        project = lambda w: jnp.einsum("BTD,DNH->BTNH", x, w.astype(x.dtype))
+        q = rotate(rms_norm(project(query), query_norm, c.rms_norm_eps), angles)
+        keys = rotate(rms_norm(project(key), key_norm, c.rms_norm_eps), angles)
+        q = nn.with_logical_constraint(q, ("batch", "length", "heads", "head_dim"))
+        keys = nn.with_logical_constraint(keys, ("batch", "length", "kv_heads", "head_dim"))
+        values = nn.with_logical_constraint(project(value), ("batch", "length", "kv_heads", "head_dim"))
+        q, keys, values = (attention.checkpoint_name(a, "qkv") for a in (q, keys, values))
+        out, context = context.attend(q, keys, values)
+        out = attention.checkpoint_name(out, "attended")
+        return jnp.einsum("BTNH,NHD->BTD", out, output.astype(x.dtype)), context
+
+
+class SwiGLU(nn.Module):
+    """Gated feed-forward layer: down(silu(gate x) * up x)."""
+
+    config: ModelConfig
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        d, f = self.config.hidden_size, self.config.intermediate_size
+        gate = weight(self, "gate", ("embed", "mlp"), (d, f), d)
+        up = weight(self, "up", ("embed", "mlp"), (d, f), d)
+        down = weight(self, "down", ("mlp", "embed"), (f, d), f)
+        inner = nn.silu(x @ gate.astype(x.dtype)) * (x @ up.astype(x.dtype))
+        inner = nn.with_logical_constraint(inner, ("batch", "length", "mlp"))
+        return inner @ down.astype(x.dtype)
+
+
+class Block(nn.Module):
+    """One decoder layer, as the body of a scan over layers."""
+
+    config: ModelConfig
+
+    @nn.compact
+    def __call__(self, carry, angles):
+        """carry = (x [B, T, D], attention context) -> (carry, None)."""
+        x, context = carry
+        epsilon = self.config.rms_norm_eps
+        y, context = Attention(self.config, name="attention")(RMSNorm(epsilon, name="attention_norm")(x), angles, context)
+        x = nn.with_logical_constraint(x + y, ("batch", "length", "hidden"))
+        x = x + SwiGLU(self.config, name="mlp")(RMSNorm(epsilon, name="mlp_norm")(x))
+        x = nn.with_logical_constraint(x, ("batch", "length", "hidden"))
+        return (x, context), None

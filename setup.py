@@ -1,0 +1,42 @@
+"""Package definition of refusion_jax. Extras keep the heavy or niche libraries optional."""
+
+import pathlib
+
+from setuptools import find_packages, setup
+
+HF = ["transformers>=4.53", "tokenizers", "huggingface_hub", "jinja2"]
+DEMO = ["reasoning-gym>=0.1.19", "matplotlib", "pillow"]
+
+setup(
+    name="refusion_jax",
+    version="0.1.0",
+    description="ReFusion in JAX: training and fast decoding of slot-level diffusion language models",
+    long_description=(pathlib.Path(__file__).parent / "README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    python_requires=">=3.11",
+    packages=find_packages(include=["refusion_jax", "refusion_jax.*"]),
+    install_requires=[
+        "jax>=0.10,<0.13",
+        "flax>=0.12.8",
+        "optax>=0.2.8",
+        "orbax-checkpoint>=0.12.8",
+        "grain>=0.2.18",
+        "array_record>=0.8",
+        "tensorflow-datasets>=4.9.9",
+        "importlib_resources",  # needed by tensorflow-datasets, which does not declare it
+        "ml-collections>=1.1",
+        "absl-py",
+        "numpy",
+        "safetensors>=0.5",
+    ],
+    extras_require={
+        "hf": HF,  # Hugging Face tokenizers, chat templates and downloads
+        "demo": DEMO,  # procedural tasks, plots and pictures
+        "test": ["pytest>=8", "chex", "nbformat", *HF, *DEMO],
+        "torch": ["torch", *HF],  # only to compare with PyTorch
+        "tpu": ["jax[tpu]"],  # also compiles TPU programs on machines without a TPU
+        "cuda": ["jax[cuda13]"],
+        "tensorboard": ["tensorboardX"],
+    },
+)
