@@ -1,0 +1,254 @@
+"""Many processes: start-up in one place, agreement on the config, stopping together.
+
+A run of one process needs nothing of this. With several, `initialize` comes before anything that touches a device:
+
+* TPU pods and multi-slice find each other by themselves;
+* under Slurm, one process per node (all its GPUs) or one per GPU, as `--ntasks-per-node` says;
+* anywhere else each process is told the coordinator (process 0's address), their number and its own index, by flags or by
+  the environment: JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES, JAX_PROCESS_ID.
+
+When a process dies, JAX's heartbeats notice, and every other process stops within `HEARTBEAT_TIMEOUT` seconds with a message
+that names it, rather than waiting for ever in a collective; starting the job again resumes it.
+"""
+
+import contextlib
+import importlib.util
+import json
+import os
+import pathlib
+import re
+import signal
+import socket
+import sys
+import threading
+from collections.abc import Mapping
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+
+from refusion_jax.errors import UserError
+
+HEARTBEAT_TIMEOUT = 60  # seconds without a sign of life after which a process counts as dead
+SHUTDOWN_TIMEOUT = 60  # seconds a process that ends waits for the others to end too
+
+
+def initialize(
+    coordinator: str | None = None,
+    num_processes: int | None = None,
+    process_id: int | None = None,
+    *,
+    timeout: int = 300,
+    heartbeat_timeout: int = HEARTBEAT_TIMEOUT,
+) -> None:
+    """Joins this process to the others, if there are others, and prints what it sees.
+
+    Args:
+      coordinator: "host:port" of process 0; None looks at the environment, then at Slurm and TPU pods.
+      num_processes: how many processes there are; only with `coordinator`.
+      process_id: index of this process; only with `coordinator`.
+      timeout: seconds to wait for the others. When they have not all come by then, the process prints an error that names
+        the coordinator and exits with code 2 (JAX itself would abort).
+      heartbeat_timeout: seconds without a sign of life after which a process counts as dead.
+
+    Raises:
+      UserError: incomplete or impossible arguments; a coordinator address that process 0 cannot listen on.
+    """
+    setting = _explicit(coordinator, num_processes, process_id, os.environ) or _slurm(os.environ)
+    if setting or _on_tpu_vm():
+        _connect(setting, timeout, heartbeat_timeout)
+    local, everywhere = jax.local_devices(), jax.devices()
+    _say(
+        f"process {jax.process_index()} of {jax.process_count()}: "
+        f"{len(local)} local of {len(everywhere)} devices, {local[0].device_kind}"
+    )
+
+
+def describe(mesh: jax.sharding.Mesh, batch_size: int) -> None:
+    """Prints the mesh and each device's share of the global batch (rows), on process 0, before anything is compiled."""
+    if jax.process_index() == 0:
+        axes = " x ".join(f"{name} {size}" for name, size in mesh.shape.items())
+        split = mesh.shape["data"] * mesh.shape["fsdp"]
+        shares = f"{batch_size / split:g} per device, {batch_size / jax.process_count():g} per process"
+        _say(f"mesh {axes}; global batch {batch_size} rows, {shares}")
+
+
+def check_same_config(config_json: str) -> None:
+    """Makes sure that all processes run the same config.
+
+    Args:
+      config_json: the whole config as a JSON object.
+
+    Raises:
+      UserError: on every process, naming the first field that differs, its values and the processes.
+    """
+    if jax.process_count() == 1:
+        return
+    own = np.frombuffer(config_json.encode(), np.uint8)
+    sizes = multihost_utils.process_allgather(np.int32(own.size)).reshape(-1)
+    everyone = multihost_utils.process_allgather(np.pad(own, (0, sizes.max() - own.size)))  # [process, byte]
+    configs = [_flatten(json.loads(row[:size].tobytes())) for row, size in zip(everyone, sizes, strict=True)]
+    for index, config in enumerate(configs):
+        for field in sorted(configs[0] | config):
+            ours, theirs = configs[0].get(field, "nothing"), config.get(field, "nothing")
+            if ours != theirs:
+                raise UserError(
+                    f"the processes disagree on the config: {field} is {ours} on process 0 but {theirs} on process "
+                    f"{index}. Start all of them with the same config file and flags."
+                )
+
+
+class StopSignal:
+    """Turns SIGTERM (a preemption notice, `scancel`, `kill`) into a stop at a step that all processes agree on.
+
+    With one process SIGINT (Ctrl-C) does the same, and a second signal stops at once. With several, a signal to any one of
+    them is enough; JAX's preemption service spreads it and chooses the step, at no cost per step.
+    """
+
+    def __init__(self) -> None:
+        self._signalled = False
+        # With several processes JAX's own handler of SIGTERM, installed by `initialize`, must stay.
+        if jax.process_count() == 1 and threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGTERM, signal.SIGINT):
+                signal.signal(number, self._handle)
+
+    def _handle(self, number: int, frame: object) -> None:
+        self._signalled = True
+        signal.signal(number, signal.SIG_DFL if number == signal.SIGTERM else signal.default_int_handler)
+
+    def requested(self, step: int) -> bool:
+        """Whether to save and stop after `step`; call it once per step on every process. All get the same answer."""
+        if jax.process_count() == 1:
+            return self._signalled
+        return multihost_utils.reached_preemption_sync_point(step)
+
+
+def _explicit(
+    coordinator: str | None, num_processes: int | None, process_id: int | None, environ: Mapping[str, str]
+) -> dict | None:
+    """Arguments of jax.distributed.initialize from flags, or where they are None from the environment."""
+    given = {
+        "coordinator": coordinator or environ.get("JAX_COORDINATOR_ADDRESS"),
+        "num_processes": environ.get("JAX_NUM_PROCESSES") if num_processes is None else num_processes,
+        "process_id": environ.get("JAX_PROCESS_ID") if process_id is None else process_id,
+    }
+    missing = [name for name, value in given.items() if value is None]
+    if len(missing) == len(given):
+        return None
+    if missing:
+        raise UserError(
+            f"{missing[0]} is missing: coordinator, num_processes and process_id go together (flags, or "
+            "JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID)."
+        )
+    if not re.fullmatch(r".+:\d+", given["coordinator"]):
+        raise UserError(f'coordinator is "{given["coordinator"]}"; it must be host:port of process 0, such as 10.0.0.1:8476.')
+    try:
+        count, index = int(given["num_processes"]), int(given["process_id"])
+    except ValueError:
+        raise UserError(
+            f'num_processes is "{given["num_processes"]}" and process_id is "{given["process_id"]}"; '
+            "both must be whole numbers."
+        ) from None
+    if not 0 <= index < count:
+        raise UserError(f"process_id is {index}, num_processes is {count}: process ids run from 0 to num_processes - 1.")
+    # An empty list of devices means all that are visible, and keeps JAX from looking for a cluster.
+    return {"coordinator_address": given["coordinator"], "num_processes": count, "process_id": index, "local_device_ids": []}
+
+
+def _slurm(environ: Mapping[str, str]) -> dict | None:
+    """Arguments of jax.distributed.initialize inside an `srun` step of several tasks, else None."""
+    count = int(environ.get("SLURM_STEP_NUM_TASKS", "1"))
+    if count == 1:
+        return None
+    # The first host of "node7", "node7,node9", "node[007-012,020],other3" or "rack[1-2]-node5".
+    nodes = environ["SLURM_STEP_NODELIST"]
+    first = re.sub(r"\[(\d+)[^\]]*\]", r"\1", re.match(r"(?:\[[^\]]*\]|[^,\[])+", nodes).group())
+    port = environ.get("JAX_COORDINATOR_PORT") or str(61440 + int(environ["SLURM_JOB_ID"]) % 4096)
+    # "2(x3),1": tasks on each node, in node order. Left to itself JAX would give every Slurm task one GPU, also where a
+    # task owns its node; and where Slurm shows each task only its own GPU, that one has index 0 whatever the task's number.
+    runs = re.findall(r"(\d+)(?:\(x(\d+)\))?", environ["SLURM_STEP_TASKS_PER_NODE"])
+    tasks = [int(number) for number, times in runs for _ in range(int(times or 1))]
+    visible = [gpu for gpu in environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if gpu]
+    all_visible = tasks[int(environ["SLURM_NODEID"])] == 1 or len(visible) == 1
+    return {
+        "coordinator_address": f"{first}:{port}",
+        "num_processes": count,
+        "process_id": int(environ["SLURM_PROCID"]),
+        "local_device_ids": [] if all_visible else [int(environ["SLURM_LOCALID"])],
+    }
+
+
+def _connect(setting: dict | None, timeout: int, heartbeat_timeout: int) -> None:
+    """Calls jax.distributed.initialize with `setting`, or lets it find the TPU pod when that is None."""
+    if setting:
+        where = f"coordinator {setting['coordinator_address']}"
+        _say(
+            f"process {setting['process_id']} of {setting['num_processes']} on {socket.gethostname()}: "
+            f"waiting for the others at {where} (at most {timeout} s)"
+        )
+        _check_host_name(setting["coordinator_address"].rsplit(":", 1)[0].strip("[]"))
+    else:
+        where = "the TPU pod's coordinator (worker 0)"
+    with _deadline(timeout, f"not all processes came together at {where} within {timeout} s"):
+        try:
+            jax.distributed.initialize(
+                **(setting or {}),
+                initialization_timeout=timeout + 30,  # later than our own, which names the coordinator
+                heartbeat_timeout_seconds=heartbeat_timeout,
+                shutdown_timeout_seconds=SHUTDOWN_TIMEOUT,
+            )
+        except (RuntimeError, ValueError, OSError) as error:
+            if setting is None:  # a TPU machine that belongs to no pod has no coordinator to find
+                _say(f"no TPU pod found ({str(error).splitlines()[0]}): running as one process")
+                return
+            raise UserError(
+                f"cannot start at {where}: {str(error).splitlines()[0]}. "
+                "Choose a free port, on an address of process 0 that all the others reach."
+            ) from error
+
+
+def _on_tpu_vm() -> bool:
+    if "cpu" in os.environ.get("JAX_PLATFORMS", "") or importlib.util.find_spec("libtpu") is None:
+        return False
+    return pathlib.Path("/dev/accel0").exists() or pathlib.Path("/dev/vfio/0").exists()
+
+
+def _check_host_name(host: str) -> None:
+    try:
+        socket.getaddrinfo(host, None)
+    except socket.gaierror as error:
+        raise UserError(
+            f'the coordinator\'s host "{host}" is unknown on {socket.gethostname()} ({error.strerror}); '
+            "give the address of process 0 as this machine reaches it."
+        ) from None
+
+
+@contextlib.contextmanager
+def _deadline(seconds: float, message: str):
+    """Ends the process when the body takes longer: JAX's connect cannot be interrupted, and aborts without the address."""
+
+    def expire():
+        hint = "Check that every process runs with this address and the same number of processes, and that no firewall is between them."
+        print(f"error: {message}. {hint}", file=sys.stderr, flush=True)
+        os._exit(2)
+
+    timer = threading.Timer(seconds, expire)
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
+
+
+def _say(text: str) -> None:
+    sys.stdout.write(text + "\n")  # one write, so that processes sharing a terminal do not mix lines
+    sys.stdout.flush()
+
+
+def _flatten(tree: object, prefix: str = "") -> dict[str, str]:
+    """{"a": {"b": 1}} -> {"a.b": "1"}."""
+    if not isinstance(tree, dict | list):
+        return {prefix: json.dumps(tree)}
+    items = tree.items() if isinstance(tree, dict) else enumerate(tree)
+    return {name: value for key, child in items for name, value in _flatten(child, f"{prefix}.{key}" if prefix else str(key)).items()}
