@@ -5,7 +5,7 @@
 # What is installed already (same setup.py, extras included) is kept, so a second run starts at once.
 
 _refusion_env() {
-  local root stamp wanted have python candidate extra
+  local root stamp wanted have python candidate extra extras="${REFUSION_EXTRAS:-}" missing=()
   root="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)" || return 1
   stamp="$root/.venv/refusion-installed"
 
@@ -29,17 +29,15 @@ _refusion_env() {
   wanted="$(cksum < "$root/setup.py") $root"
   have="$(head -n 1 "$stamp" 2>/dev/null)"
   [ "$have" = "$wanted" ] || rm -f "$stamp"
-  local missing=()
   [ -f "$stamp" ] || missing+=(".")
-  for extra in ${REFUSION_EXTRAS//,/ }; do
+  for extra in ${extras//,/ }; do
     grep -qxF "$extra" "$stamp" 2>/dev/null || missing+=("$extra")
   done
   if [ "${#missing[@]}" -gt 0 ]; then
-    local extras="${REFUSION_EXTRAS:+[${REFUSION_EXTRAS// /}]}"
-    echo "installing refusion_jax$extras into .venv (once; a minute or two)"
-    "$root/.venv/bin/python" -m pip install --quiet --disable-pip-version-check -e "$root$extras" || return 1
+    echo "installing refusion_jax${extras:+[$extras]} into .venv (once; a minute or two)"
+    "$root/.venv/bin/python" -m pip install --quiet --disable-pip-version-check -e "$root${extras:+[$extras]}" || return 1
     [ -f "$stamp" ] || echo "$wanted" > "$stamp"
-    printf '%s\n' ${REFUSION_EXTRAS//,/ } >> "$stamp"
+    printf '%s\n' ${extras//,/ } >> "$stamp"
   fi
   source "$root/.venv/bin/activate"
 }

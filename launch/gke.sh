@@ -1,0 +1,123 @@
+#!/usr/bin/env bash
+# Trains on Google Kubernetes Engine, on TPU slices or GPU nodes. Needs kubectl and the JobSet API in the cluster.
+#
+#   launch/gke.sh start NAME --image I --claim C --accelerator tpu-v5p-slice --topology 4x4x4 [--slices 2] --config ... --workdir /shared/8b ...
+#   launch/gke.sh start NAME --image I --claim C --accelerator nvidia-h100-80gb --nodes 2 --config ... --workdir /shared/8b ...
+#   launch/gke.sh logs NAME    follow all workers
+#   launch/gke.sh stop NAME    save, then stop; start again with the same --workdir to go on
+#
+# --image I        container image with this repository (launch/Dockerfile)
+# --claim C        volume claim that all workers can write, mounted at /shared (Filestore, say)
+# --accelerator A  node selector: tpu-v5-lite-podslice, tpu-v5p-slice, tpu-v6e-slice, tpu7x, or a GPU such as nvidia-h100-80gb
+# --topology T     TPU: topology of a slice, in chips, such as 4x4 or 4x4x4
+# --slices N       TPU: slices (default 1); the mesh's data axis crosses slices, fsdp x tensor stay inside one
+# --nodes N        GPU: nodes (default 1), one process each
+# --gpus-per-node G  (default 8)
+# --dry-run        print the manifest and the commands, run nothing
+# Everything from the first other argument on goes to python -m refusion_jax.train on every worker.
+set -euo pipefail
+source "$(dirname "${BASH_SOURCE[0]}")/lib.sh"
+
+action="${1:-}" name="${2:-}"
+case $action in
+  start | logs | stop) ;;
+  -h | --help | '') usage ;;
+  *) die "unknown action $action; use start, logs or stop" ;;
+esac
+[ -n "$name" ] && [ "${name#-}" = "$name" ] || die "$action needs the name of the job: launch/gke.sh $action NAME ..."
+shift 2
+
+image='' claim='' accelerator='' topology='' slices=1 nodes=1 gpus=8
+while [ $# -gt 0 ]; do
+  case $1 in
+    --image) image="$(value "$@")"; shift 2 ;;
+    --claim) claim="$(value "$@")"; shift 2 ;;
+    --accelerator) accelerator="$(value "$@")"; shift 2 ;;
+    --topology) topology="$(value "$@")"; shift 2 ;;
+    --slices) slices="$(value "$@")"; shift 2 ;;
+    --nodes) nodes="$(value "$@")"; shift 2 ;;
+    --gpus-per-node) gpus="$(value "$@")"; shift 2 ;;
+    --dry-run) DRY_RUN=yes; shift ;;
+    *) break ;;
+  esac
+done
+
+case $action in
+  logs) run kubectl logs --follow --prefix --max-log-requests=1000 "--selector=jobset.sigs.k8s.io/jobset-name=$name"; exit ;;
+  stop) run kubectl delete jobset "$name"; exit ;;
+esac
+
+check_train_arguments "$@"
+[ -n "$image" ] && [ -n "$claim" ] && [ -n "$accelerator" ] || die "start needs --image, --claim and --accelerator"
+train=(python -m refusion_jax.train "$@")
+
+if [ "${accelerator#tpu}" != "$accelerator" ]; then
+  [[ $topology =~ ^[0-9]+x[0-9]+(x[0-9]+)?$ ]] || die "--topology is '$topology'; give the slice's shape in chips, such as 4x4x4"
+  chips=$((${topology//x/*}))
+  per_host=$((chips < 4 ? chips : 4))
+  replicas="$slices" hosts=$((chips / per_host)) resource="google.com/tpu: $per_host"
+  selector="cloud.google.com/gke-tpu-accelerator: $accelerator
+              cloud.google.com/gke-tpu-topology: $topology"
+  annotations='{alpha.jobset.sigs.k8s.io/exclusive-topology: cloud.google.com/gke-nodepool}' # a slice is a node pool
+  environment='[]' # GKE tells TPU workers about each other
+  [ "$slices" = 1 ] || train+=("--config.mesh.data=$slices")
+else
+  [ -z "$topology" ] || die "--topology is for TPUs; $accelerator takes --nodes and --gpus-per-node"
+  replicas=1 hosts="$nodes" resource="nvidia.com/gpu: $gpus"
+  selector="cloud.google.com/gke-accelerator: $accelerator"
+  annotations='{}'
+  environment="
+              - {name: JAX_COORDINATOR_ADDRESS, value: \"$name-workers-0-0.$name:8476\"}
+              - {name: JAX_NUM_PROCESSES, value: \"$nodes\"}
+              - name: JAX_PROCESS_ID
+                valueFrom: {fieldRef: {fieldPath: \"metadata.annotations['batch.kubernetes.io/job-completion-index']\"}}"
+fi
+# JSON strings are YAML strings, whatever is in them.
+command="$(python3 -c 'import json, sys; print(json.dumps(sys.argv[1:]))' "${train[@]}")"
+
+manifest="apiVersion: jobset.x-k8s.io/v1alpha2
+kind: JobSet
+metadata:
+  name: $name
+  annotations: $annotations
+spec:
+  failurePolicy:
+    maxRestarts: 100  # a worker that dies takes the others with it; all start again from the last checkpoint
+  replicatedJobs:
+  - name: workers
+    replicas: $replicas
+    template:
+      spec:
+        parallelism: $hosts
+        completions: $hosts
+        completionMode: Indexed
+        backoffLimit: 0
+        template:
+          spec:
+            restartPolicy: Never
+            terminationGracePeriodSeconds: 300  # time to save
+            nodeSelector:
+              $selector
+            containers:
+            - name: train
+              image: $image
+              workingDir: /refusion_jax
+              command: $command
+              env: $environment
+              resources:
+                limits:
+                  $resource
+              volumeMounts:
+              - {name: shared, mountPath: /shared}
+              - {name: memory, mountPath: /dev/shm}
+            volumes:
+            - name: shared
+              persistentVolumeClaim: {claimName: $claim}
+            - name: memory
+              emptyDir: {medium: Memory}"
+
+if [ "$DRY_RUN" = yes ]; then
+  echo "$manifest"
+else
+  kubectl apply -f - <<< "$manifest"
+fi

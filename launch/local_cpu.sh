@@ -1,0 +1,50 @@
+#!/usr/bin/env bash
+# Trains on this machine's CPU as if it had several devices: for trying out meshes and runs of several processes.
+#
+#   launch/local_cpu.sh [--devices 8] [--processes 1] [--dry-run] --config configs/tiny.py --workdir runs/eight ...
+#
+# --devices D    devices altogether, shared evenly by the processes
+# --processes P  processes, which find each other on a free port of this machine; all but the first log to WORKDIR.<n>.log
+# --dry-run      print the commands, run nothing
+# Everything from the first other argument on goes to python -m refusion_jax.train.
+set -euo pipefail
+source "$(dirname "${BASH_SOURCE[0]}")/lib.sh"
+
+devices=8 processes=1
+while [ $# -gt 0 ]; do
+  case $1 in
+    --devices) devices="$(value "$@")"; shift 2 ;;
+    --processes) processes="$(value "$@")"; shift 2 ;;
+    --dry-run) DRY_RUN=yes; shift ;;
+    -h | --help) usage ;;
+    *) break ;;
+  esac
+done
+check_train_arguments "$@"
+[ $((devices % processes)) = 0 ] || die "--devices $devices cannot be shared evenly by --processes $processes"
+
+cd "$ROOT"
+[ "$DRY_RUN" = yes ] || source launch/env.sh
+settings=(JAX_PLATFORMS=cpu JAX_NUM_CPU_DEVICES=$((devices / processes)))
+if [ "$processes" = 1 ]; then
+  run env "${settings[@]}" python -m refusion_jax.train "$@"
+  exit
+fi
+
+port=12355
+[ "$DRY_RUN" = yes ] || port="$(python -c 'import socket; s = socket.socket(); s.bind(("", 0)); print(s.getsockname()[1])')"
+settings+=("JAX_COORDINATOR_ADDRESS=localhost:$port" "JAX_NUM_PROCESSES=$processes")
+pids=()
+trap 'kill -TERM "${pids[@]}" 2>/dev/null || true' INT TERM
+for ((process = 0; process < processes; process++)); do
+  run env "${settings[@]}" "JAX_PROCESS_ID=$process" python -m refusion_jax.train "$@" &
+  pids+=($!)
+  [ "$DRY_RUN" = no ] || wait $!
+done
+status=0
+for pid in "${pids[@]}"; do
+  # A trapped signal ends the first wait early; the second one gets the process's own exit status.
+  while wait "$pid" && result=0 || result=$?; [ "$result" -gt 128 ] && kill -0 "$pid" 2>/dev/null; do :; done
+  [ "$result" = 0 ] || status=$result
+done
+exit "$status"
