@@ -1,0 +1,57 @@
+"""Procedural reasoning tasks from the reasoning-gym library: unlimited verifiable examples from a seed, no download.
+
+Short enough for a byte-level CPU model: basic_arithmetic, chain_sum, spell_backward, gcd, products. `gsm_symbolic` gives
+grade-school word problems with a worked solution.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+from refusion_jax.errors import UserError
+
+ANSWER_MARK = "####"  # stands between a worked solution and its final answer
+
+
+def final_answer(text: str) -> str:
+    """What follows the last `####` of a worked solution; the whole text without one."""
+    return text.rpartition(ANSWER_MARK)[2].strip()
+
+
+class Task:
+    """Random access to the examples of one task; example i depends on (seed, i) and the options only.
+
+    Args:
+      name: a reasoning-gym data set, such as "chain_sum".
+      size: number of examples.
+      seed: seed of the examples. reasoning-gym draws example i from seed + i, so nearby seeds share examples: hold data out by
+        a source's `start` and `stop`, not by another seed.
+      options: the data set's own parameters, such as {"max_terms": 2}.
+
+    Raises:
+      UserError: reasoning-gym is not installed, or it does not know the name or an option.
+    """
+
+    def __init__(self, name: str, size: int, seed: int = 0, options: Mapping[str, Any] = {}):
+        try:
+            import reasoning_gym
+        except ImportError as error:
+            raise UserError(f"the procedural task {name!r} needs the reasoning-gym library ({error}). Install it: "
+                            "pip install 'refusion_jax[demo]'.") from error
+        try:
+            self._data = reasoning_gym.create_dataset(name, size=size, seed=seed, **options)
+        except (TypeError, AssertionError, ValueError) as error:
+            raise UserError(f"reasoning-gym cannot make the task {name!r} with options {dict(options)}: {error}. Use one of its data set "
+                            "names (basic_arithmetic, chain_sum, spell_backward, gsm_symbolic, ...) and that data set's options.") from error
+        self._size = size
+
+    def __len__(self) -> int:
+        return self._size
+
+    def __getitem__(self, i: int) -> tuple[str, str]:
+        """Returns (query, response); the response is the worked solution where the task has one, else the answer."""
+        entry = self._data[i]
+        return entry["question"], entry["metadata"].get("answer_cot", entry["answer"])
+
+    def score(self, i: int, generated: str) -> float:
+        """reasoning-gym's score of a generated response to example i: 1 for a correct final answer, less for anything else."""
+        return float(self._data.score_answer(final_answer(generated), self._data[i]))
