@@ -13,9 +13,17 @@ from refusion_jax.model.config import ModelConfig
 
 
 def weight(module: nn.Module, name: str, axes: tuple[str, ...], shape: tuple[int, ...], fan_in: int) -> jax.Array:
-    """A matrix parameter with logical axis names, in float32, drawn with standard deviation fan_in^-1/2."""
+    """A matrix parameter with logical axis names, in float32, drawn with standard deviation fan_in^-1/2.
+
+    Where the collection "lora" holds an adapter for it, the low-rank update is added here, inside the scan over layers:
+    merged weights and their gradients then exist for one layer at a time.
+    """
     init = nn.with_logical_partitioning(nn.initializers.normal(fan_in**-0.5), axes)
-    return module.param(name, init, shape, jnp.float32)
+    w = module.param(name, init, shape, jnp.float32)
+    if module.has_variable("lora", name):
+        adapter = module.get_variable("lora", name)
+        w = w + jnp.tensordot(adapter["a"], adapter["b"], axes=1).astype(w.dtype)
+    return w
 
 
 def rms_norm(x: jax.Array, scale: jax.Array, epsilon: float) -> jax.Array:

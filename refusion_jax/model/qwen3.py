@@ -65,7 +65,7 @@ class Qwen3(nn.Module):
             block = nn.remat(block, policy=REMAT_POLICIES[c.remat], prevent_cse=False)
         stack = nn.scan(
             block,
-            variable_axes={"params": 0},
+            variable_axes={"params": 0, "lora": 0},
             split_rngs={"params": True},
             in_axes=nn.broadcast,
             length=c.num_layers,

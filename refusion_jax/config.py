@@ -1,0 +1,285 @@
+"""A training run's configuration: frozen, validated dataclasses, made once from `configs/*.py` and the command line."""
+
+import dataclasses
+import json
+import types
+import typing
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from refusion_jax.errors import UserError
+from refusion_jax.model.config import ModelConfig, from_huggingface, qwen3
+
+SOURCE_KINDS = ("json", "jsonl", "tfds", "parquet", "array_record", "text", "procedural")
+
+
+def _positive(where: str, config: Any, *names: str) -> None:
+    for name in names:
+        if getattr(config, name) <= 0:
+            raise UserError(f"{where}.{name} is {getattr(config, name)}; it must be greater than 0.")
+
+
+def _choice(where: str, config: Any, name: str, allowed: tuple[str, ...]) -> None:
+    if getattr(config, name) not in allowed:
+        raise UserError(f"{where}.{name} is {getattr(config, name)!r}; choose one of {', '.join(allowed)}.")
+
+
+@dataclasses.dataclass(frozen=True)
+class SourceConfig:
+    """One source of examples.
+
+    Attributes:
+      kind: json (list of records), jsonl, parquet, array_record (JSON records), tfds, text (plain text for
+        pretraining) or procedural (a reasoning-gym task).
+      path: file, glob or folder; for tfds the data set's name or folder; for procedural the task's name.
+      weight: share of this source in the mixture, relative to the others' weights.
+      query_field, response_field: fields of a record.
+      split: split of a tfds data set.
+      start, stop: the part of the source to use, as fractions of it; so that a held-out part can be kept away.
+      size, seed, options: of a procedural task: number of examples, seed, parameters of the task.
+    """
+
+    kind: str
+    path: str
+    weight: float = 1.0
+    query_field: str = "query"
+    response_field: str = "response"
+    split: str = "train"
+    start: float = 0.0
+    stop: float = 1.0
+    size: int = 10000
+    seed: int = 0
+    options: tuple[tuple[str, Any], ...] = ()
+
+    def __post_init__(self):
+        _choice("data source", self, "kind", SOURCE_KINDS)
+        _positive("data source", self, "weight", "size")
+        if not 0 <= self.start < self.stop <= 1:
+            raise UserError(f"data source {self.path}: start = {self.start} and stop = {self.stop} are fractions with 0 <= start < stop <= 1.")
+
+
+@dataclasses.dataclass(frozen=True)
+class DataConfig:
+    """What is trained and evaluated on.
+
+    Attributes:
+      tokenizer: "bytes", or a Hugging Face name or folder.
+      train, evaluation: sources; evaluation may be empty.
+      max_length: length of a packed row, tokens; longer examples are dropped.
+      max_examples_per_row: static maximum of examples in a row; 0: chosen from the data.
+      cache_dir: where tokenised sources are kept; empty: the run's folder.
+    """
+
+    tokenizer: str = "bytes"
+    train: tuple[SourceConfig, ...] = ()
+    evaluation: tuple[SourceConfig, ...] = ()
+    max_length: int = 4096
+    max_examples_per_row: int = 0
+    cache_dir: str = ""
+
+    def __post_init__(self):
+        _positive("data", self, "max_length")
+
+
+@dataclasses.dataclass(frozen=True)
+class ObjectiveConfig:
+    """The hybrid objective (method sections 2 and 3).
+
+    Attributes:
+      masking: released (each slot with probability q) or paper (floor(t K) slots).
+      normalisation: released (token mean; 1 / (q R) weights) or paper (means over examples).
+      ar_weight, mdm_weight: weights of the two terms.
+      mdm_weight_cap: upper bound of 1 / q in the released weights 1 / (q R); 0: none.
+      slot_sizes: one is drawn uniformly for each example.
+      loss_chunk: tokens per row whose logits exist at a time.
+    """
+
+    masking: str = "released"
+    normalisation: str = "released"
+    ar_weight: float = 1.0
+    mdm_weight: float = 1.0
+    mdm_weight_cap: float = 0.0
+    slot_sizes: tuple[int, ...] = (4, 8, 16, 32)
+    loss_chunk: int = 256
+
+    def __post_init__(self):
+        _choice("objective", self, "masking", ("released", "paper"))
+        _choice("objective", self, "normalisation", ("released", "paper"))
+        _positive("objective", self, "loss_chunk")
+        if not self.slot_sizes or min(self.slot_sizes) < 1:
+            raise UserError(f"objective.slot_sizes is {self.slot_sizes}; give at least one slot size, each at least 1.")
+        if min(self.ar_weight, self.mdm_weight, self.mdm_weight_cap) < 0:
+            raise UserError("objective.ar_weight, objective.mdm_weight and objective.mdm_weight_cap must not be negative.")
+
+
+@dataclasses.dataclass(frozen=True)
+class OptimizerConfig:
+    """AdamW with clipping, warm-up and a cosine or constant schedule (method section 5 for the defaults)."""
+
+    lr: float = 2e-5
+    schedule: str = "cosine"
+    warmup_steps: int = 0
+    b1: float = 0.9
+    b2: float = 0.999
+    eps: float = 1e-8
+    weight_decay: float = 0.0
+    clip_norm: float = 1.0
+
+    def __post_init__(self):
+        _choice("optimizer", self, "schedule", ("cosine", "constant"))
+        _positive("optimizer", self, "lr", "eps", "clip_norm")
+
+
+@dataclasses.dataclass(frozen=True)
+class MeshConfig:
+    """Sizes of the mesh axes; -1: whatever the others leave."""
+
+    data: int = 1
+    fsdp: int = -1
+    tensor: int = 1
+
+
+@dataclasses.dataclass(frozen=True)
+class LoraConfig:
+    """Low-rank adapters on a frozen base; rank 0: train all parameters.
+
+    Attributes:
+      rank, alpha: the update is alpha / rank * A B.
+      targets: projections that get adapters, of query, key, value, output, gate, up, down.
+      base_dtype: how the frozen base is kept.
+    """
+
+    rank: int = 0
+    alpha: float = 16.0
+    targets: tuple[str, ...] = ("query", "key", "value", "output", "gate", "up", "down")
+    base_dtype: str = "bfloat16"
+
+    def __post_init__(self):
+        names = ("query", "key", "value", "output", "gate", "up", "down")
+        if self.rank < 0:
+            raise UserError(f"lora.rank is {self.rank}; use 0 for none, or a positive rank.")
+        if self.rank and (not self.targets or set(self.targets) - set(names)):
+            raise UserError(f"lora.targets is {self.targets}; choose from {', '.join(names)}.")
+        _choice("lora", self, "base_dtype", ("float32", "bfloat16"))
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """A training run.
+
+    Attributes:
+      init_from: weights to start from: a Hugging Face folder or name, or a checkpoint folder; empty: random ones.
+        Weights only; a run is continued by starting it again with the same --workdir.
+      steps: optimizer steps; 0: as many as `epochs` take.
+      epochs: passes over the data, when steps is 0.
+      batch_size: rows per step over all devices; accumulation: microbatches a step is split into.
+      eval_every, eval_batches: steps between evaluations (0: at the end only), batches of each (0: all).
+      checkpoint_every_steps, checkpoint_every_minutes: 0 switches one off; the last step is always saved.
+      keep_last, keep_best: checkpoints kept, by age and by evaluation loss.
+      profile: trace that many steps, from step 10 on, into the run's folder.
+    """
+
+    model: ModelConfig
+    data: DataConfig
+    objective: ObjectiveConfig = ObjectiveConfig()
+    optimizer: OptimizerConfig = OptimizerConfig()
+    mesh: MeshConfig = MeshConfig()
+    lora: LoraConfig = LoraConfig()
+    init_from: str = ""
+    steps: int = 0
+    epochs: float = 1.0
+    batch_size: int = 8
+    accumulation: int = 1
+    seed: int = 0
+    log_every: int = 10
+    eval_every: int = 0
+    eval_batches: int = 0
+    checkpoint_every_steps: int = 1000
+    checkpoint_every_minutes: float = 30.0
+    keep_last: int = 3
+    keep_best: int = 1
+    profile: int = 0
+
+    def __post_init__(self):
+        _positive("config", self, "batch_size", "accumulation", "log_every", "keep_last")
+        if self.steps <= 0 and self.epochs <= 0:
+            raise UserError("config.steps and config.epochs are both 0; say how long to train.")
+        if self.batch_size % self.accumulation:
+            raise UserError(f"config.batch_size = {self.batch_size} is not a multiple of config.accumulation = {self.accumulation}; every microbatch has the same size.")
+
+    def to_json(self) -> str:
+        return json.dumps(dataclasses.asdict(self), sort_keys=True)
+
+
+def _build(cls: type, value: Any, where: str) -> Any:
+    """`value` (nested dict) as dataclass `cls`; unknown keys, missing keys and wrong types are errors."""
+    hints = typing.get_type_hints(cls)
+    fields = {f.name: f for f in dataclasses.fields(cls)}
+    if not isinstance(value, dict):
+        raise UserError(f"{where} is {value!r}; expected a group of settings ({', '.join(fields)}).")
+    unknown = sorted(set(value) - set(fields))
+    if unknown:
+        raise UserError(f"Unknown setting {where}.{unknown[0]}; {where} has {', '.join(sorted(fields))}.")
+    missing = [n for n, f in fields.items() if n not in value and f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING]
+    if missing:
+        raise UserError(f"{where} lacks the setting {missing[0]}.")
+    return cls(**{name: _convert(hints[name], item, f"{where}.{name}") for name, item in value.items()})
+
+
+def _convert(hint: Any, value: Any, where: str) -> Any:
+    if dataclasses.is_dataclass(hint):
+        return _build(hint, value, where)
+    if typing.get_origin(hint) is tuple:
+        if isinstance(value, dict):  # options of a task
+            value = list(value.items())
+        if not isinstance(value, (list, tuple)):
+            raise UserError(f"{where} is {value!r}; expected a list.")
+        inner = typing.get_args(hint)
+        if inner[-1] is Ellipsis:
+            return tuple(_convert(inner[0], item, f"{where}[{i}]") for i, item in enumerate(value))
+        return tuple(value)
+    allowed = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
+    if float in allowed and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if Any not in allowed and not (isinstance(value, allowed) and (bool in allowed or not isinstance(value, bool))):
+        names = " or ".join("none" if a is type(None) else a.__name__ for a in allowed)
+        raise UserError(f"{where} is {value!r} ({type(value).__name__}); expected {names}.")
+    return value
+
+
+def from_config_dict(config: ConfigDict | dict) -> Config:
+    """Validates a whole config.
+
+    Raises:
+      UserError: an unknown or missing setting, or one of the wrong type or range.
+    """
+    return _build(Config, config.to_dict() if isinstance(config, ConfigDict) else dict(config), "config")
+
+
+def model_settings(source: str | ModelConfig, **overrides: Any) -> ConfigDict:
+    """The `config.model` group of a published size ("8b"), a Hugging Face `config.json` (its path) or a ModelConfig."""
+    if isinstance(source, str):
+        source = from_huggingface(source) if source.endswith(".json") else qwen3(source)
+    settings = ConfigDict(dataclasses.asdict(source), type_safe=False)
+    settings.update(overrides)
+    return settings
+
+
+def parse_arguments(argument: str | None, **defaults: Any) -> types.SimpleNamespace:
+    """Typed arguments of a config file: `configs/tiny.py:steps=50,lr=1e-3` over `defaults`, whose types hold.
+
+    Raises:
+      UserError: an unknown name or a value of another type.
+    """
+    values = dict(defaults)
+    for item in filter(None, (argument or "").split(",")):
+        name, _, text = item.partition("=")
+        if name not in defaults:
+            raise UserError(f"Unknown config argument {name!r}; this config takes {', '.join(defaults)}.")
+        kind = type(defaults[name])
+        try:
+            values[name] = text.lower() in ("1", "true", "yes", "") if kind is bool else kind(text)
+        except ValueError:
+            raise UserError(f"Config argument {name} = {text!r} is not of type {kind.__name__}.") from None
+    return types.SimpleNamespace(**values)

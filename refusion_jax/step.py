@@ -1,0 +1,235 @@
+"""The training step: state, optimizer, and one jitted program over a mesh."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import linen as nn
+from flax import struct
+from jax.sharding import Mesh
+
+from refusion_jax import lora
+from refusion_jax.config import Config, OptimizerConfig
+from refusion_jax.errors import UserError
+from refusion_jax.model.qwen3 import Qwen3, init_params, output_table
+from refusion_jax.objective.losses import TokenLoss, numerator, token_loss
+from refusion_jax.objective.slots import Denoising, PackedBatch, corrupt
+from refusion_jax.parallel import sharding
+
+
+@struct.dataclass
+class TrainState:
+    """Everything a step changes, and the frozen base that it does not.
+
+    Attributes:
+      step: scalar int32, optimizer steps done.
+      params: trainable parameters in float32: the model's, or the adapters'.
+      opt_state: optax state.
+      frozen: the base parameters under adapters; empty otherwise. Not part of a checkpoint.
+    """
+
+    step: jax.Array
+    params: Any
+    opt_state: Any
+    frozen: Any
+
+
+def learning_rate(config: OptimizerConfig, steps: int) -> optax.Schedule:
+    """Linear warm-up, then cosine to 0 at `steps` or constant."""
+    if config.schedule == "constant":
+        return optax.warmup_constant_schedule(0.0, config.lr, config.warmup_steps)
+    decay = max(steps, config.warmup_steps + 1)
+    return optax.warmup_cosine_decay_schedule(0.0 if config.warmup_steps else config.lr, config.lr, config.warmup_steps, decay)
+
+
+def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransformation:
+    """AdamW after clipping by global norm; norm scales are not decayed."""
+    decayed = lambda params: jax.tree_util.tree_map_with_path(lambda path, _: "norm" not in jax.tree_util.keystr(path), params)
+    return optax.chain(
+        optax.clip_by_global_norm(config.clip_norm),
+        optax.adamw(learning_rate(config, steps), config.b1, config.b2, config.eps, weight_decay=config.weight_decay, mask=decayed),
+    )
+
+
+def compute_params(params: dict, dtype: str) -> dict:
+    """Matrices in the compute dtype, once per step and before any gather; norm scales stay float32."""
+    cast = lambda path, p: p if "norm" in jax.tree_util.keystr(path) else p.astype(dtype)
+    return jax.tree_util.tree_map_with_path(cast, params)
+
+
+def token_losses(config: Config, params: dict, frozen: dict, inputs: Denoising) -> TokenLoss:
+    """Cross-entropy and correctness of every target [batch, length]; `params` are trainable, `frozen` as in TrainState."""
+    if config.lora.rank:
+        variables = {"params": compute_params(frozen, config.model.dtype), "lora": lora.scaled(params, config.lora)}
+    else:
+        variables = {"params": compute_params(params, config.model.dtype)}
+    hidden = Qwen3(config.model).apply(variables, inputs.tokens, inputs.positions, inputs.segment_ids)
+    return token_loss(
+        hidden, output_table(variables["params"]), inputs.targets,
+        logical_vocab_size=config.model.logical_vocab_size, chunk=config.objective.loss_chunk,
+    )  # fmt: skip
+
+
+def train_step(config: Config, optimizer: optax.GradientTransformation, state: TrainState, batch: PackedBatch) -> tuple[TrainState, dict]:
+    """One optimizer step of the hybrid objective (method section 3).
+
+    Corruption comes first, for the whole batch: it needs no parameters, and it gives the global denominators that make
+    accumulation over microbatches exact.
+
+    Returns:
+      The next state and float32 scalars: loss, ar_loss, mdm_loss, ar_tokens, mdm_tokens, examples, tokens, grad_norm
+      (before clipping), param_norm (after the update).
+    """
+    objective = config.objective
+    weights = {"ar": objective.ar_weight, "mdm": objective.mdm_weight}
+    key = jax.random.key(config.seed)
+    inputs = corrupt(key, batch, objective, config.model.mask_token_id)
+
+    def loss_fn(params: dict, inputs: Denoising) -> tuple[jax.Array, dict]:
+        losses = token_losses(config, params, state.frozen, inputs)
+        means = {name: numerator(term, losses.cross_entropy) / jnp.maximum(term.denominator, 1) for name, term in inputs.terms.items()}
+        return sum(weights[name] * mean for name, mean in means.items()), means
+
+    def accumulate(total, micro):
+        (_, means), grads = jax.value_and_grad(loss_fn, has_aux=True)(state.params, micro)
+        return jax.tree.map(jnp.add, total, (means, grads)), None
+
+    zero = ({name: jnp.float32(0) for name in weights}, jax.tree.map(jnp.zeros_like, state.params))
+    if config.accumulation == 1:
+        (means, grads), _ = accumulate(zero, inputs)
+    else:
+        # Denominators stay global, so the microbatches' losses and gradients simply add up.
+        micros = jax.tree.map(lambda x: _microbatches(x, config.accumulation), inputs)
+        (means, grads), _ = jax.lax.scan(accumulate, zero, micros)
+
+    updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+    params = optax.apply_updates(state.params, updates)
+    metrics = {
+        "loss": sum(weights[name] * mean for name, mean in means.items()),
+        **{f"{name}_loss": mean for name, mean in means.items()},
+        **{f"{name}_tokens": jnp.sum(term.weights > 0, dtype=jnp.float32) for name, term in inputs.terms.items()},
+        "examples": jnp.sum(batch.lengths > 0, dtype=jnp.float32),
+        "tokens": jnp.sum(batch.lengths, dtype=jnp.float32),
+        "grad_norm": optax.global_norm(grads),
+        "param_norm": optax.global_norm(params),
+    }
+    return state.replace(step=state.step + 1, params=params, opt_state=opt_state), metrics
+
+
+def _microbatches(x: jax.Array, count: int) -> jax.Array:
+    """[batch, ...] -> [count, batch / count, ...], every device giving an equal part of its rows to each microbatch."""
+    if x.ndim == 0:
+        return jnp.broadcast_to(x, (count,))
+    return jnp.swapaxes(x.reshape(x.shape[0] // count, count, *x.shape[1:]), 0, 1)
+
+
+def eval_step(config: Config, params: dict, frozen: dict, batch: PackedBatch) -> dict:
+    """Sums over one batch, under corruption that is the same every time: per term numerator, denominator, correct, tokens."""
+    key = jax.random.fold_in(jax.random.key(config.seed), 1)
+    inputs = corrupt(key, batch, config.objective, config.model.mask_token_id)
+    losses = token_losses(config, params, frozen, inputs)
+    return {
+        name: {
+            "numerator": numerator(term, losses.cross_entropy),
+            "denominator": term.denominator,
+            "correct": jnp.sum(losses.correct & (term.weights > 0), dtype=jnp.float32),
+            "tokens": jnp.sum(term.weights > 0, dtype=jnp.float32),
+        }
+        for name, term in inputs.terms.items()
+    }
+
+
+@dataclasses.dataclass(frozen=True)
+class Program:
+    """The jitted functions of a run on its mesh, with the sharding of everything they take.
+
+    Attributes:
+      init: key -> TrainState with random parameters (without adapters) or random adapters over an empty base.
+      train: (state, batch) -> (state, metrics); the state is donated.
+      evaluate: (params, frozen, batch) -> sums.
+      abstract_state: TrainState of sharded jax.ShapeDtypeStructs.
+      batch_sharding: of every array of a PackedBatch.
+    """
+
+    mesh: Mesh
+    init: Callable[[jax.Array], TrainState]
+    train: Callable[[TrainState, PackedBatch], tuple[TrainState, dict]]
+    evaluate: Callable[[dict, dict, PackedBatch], dict]
+    abstract_state: TrainState
+    batch_sharding: jax.sharding.NamedSharding
+
+
+def check_batch(config: Config, mesh: Mesh) -> None:
+    """Raises a UserError where a microbatch does not split over the devices."""
+    rows, split = config.batch_size // config.accumulation, mesh.shape["data"] * mesh.shape["fsdp"]
+    if rows % split:
+        raise UserError(
+            f"config.batch_size = {config.batch_size} with config.accumulation = {config.accumulation} makes microbatches of {rows} rows, which do not split over "
+            f"the mesh's data x fsdp = {split} devices. Choose a batch_size that is a multiple of {split * config.accumulation}."
+        )
+
+
+def build(config: Config, mesh: Mesh, steps: int) -> Program:
+    """The program of a run of `steps` optimizer steps.
+
+    Raises:
+      UserError: the mesh does not divide the model or the batch, or the model has no mask token.
+    """
+    if config.model.mask_token_id is None:
+        raise UserError("config.model.mask_token_id is not set and the tokenizer names no mask token; ReFusion cannot be trained without one.")
+    check_batch(config, mesh)
+    optimizer = make_optimizer(config.optimizer, steps)
+    base_shardings = sharding.param_shardings(config.model, mesh, sharding.TRAIN_RULES)
+    if config.lora.rank:
+        param_shardings = lora.shardings(config.model, config.lora, mesh)
+        new_params = lambda key: lora.init(key, config.model, config.lora)
+        frozen_shardings = base_shardings
+        base = jax.eval_shape(lambda key: nn.unbox(init_params(config.model, key)), jax.random.key(0))
+        abstract_frozen = jax.tree.map(lambda p: jax.ShapeDtypeStruct(p.shape, config.lora.base_dtype), base)
+    else:
+        param_shardings = base_shardings
+        new_params = lambda key: nn.unbox(init_params(config.model, key))
+        frozen_shardings = abstract_frozen = {}
+
+    def init(key: jax.Array) -> TrainState:
+        params = new_params(key)
+        return TrainState(jnp.int32(0), params, optimizer.init(params), {})
+
+    abstract = jax.eval_shape(init, jax.random.key(0))
+    replicated = sharding.replicated(mesh)
+    opt_shardings = optax.tree_utils.tree_map_params(
+        optimizer, lambda _, s: s, abstract.opt_state, param_shardings, transform_non_params=lambda _: replicated
+    )
+    shardings = TrainState(replicated, param_shardings, opt_shardings, {})
+    with_base = shardings.replace(frozen=frozen_shardings)
+    rows = sharding.batch_sharding(mesh)
+
+    def under_mesh(f: Callable, **jit_arguments) -> Callable:
+        jitted = jax.jit(f, **jit_arguments)
+
+        def call(*args):
+            with sharding.use(mesh, sharding.TRAIN_RULES):
+                return jitted(*args)
+
+        call.jitted = jitted
+        return call
+
+    return Program(
+        mesh=mesh,
+        init=under_mesh(init, out_shardings=shardings),
+        train=under_mesh(
+            lambda state, batch: train_step(config, optimizer, state, batch),
+            in_shardings=(with_base, rows), out_shardings=(with_base, replicated), donate_argnums=0,
+        ),
+        evaluate=under_mesh(
+            lambda params, frozen, batch: eval_step(config, params, frozen, batch),
+            in_shardings=(param_shardings, frozen_shardings, rows), out_shardings=replicated,
+        ),
+        abstract_state=jax.tree.map(
+            lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), abstract.replace(frozen=abstract_frozen), with_base
+        ),
+        batch_sharding=rows,
+    )  # fmt: skip

@@ -1,0 +1,39 @@
+"""Eight virtual CPU devices for every test, and where the data lies."""
+
+import os
+import pathlib
+
+# Before the first import of jax anywhere in the tests.
+os.environ["JAX_PLATFORMS"] = "cpu"
+os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
+
+import pytest
+
+REPOSITORY = pathlib.Path(__file__).resolve().parent.parent
+
+
+def pytest_configure(config):
+    config.addinivalue_line("markers", "torch: compares with PyTorch; needs torch and transformers")
+    config.addinivalue_line("markers", "gpu: needs an NVIDIA GPU")
+    config.addinivalue_line("markers", "tpu_compiler: compiles for TPUs; needs libtpu (pip install '.[tpu]')")
+
+
+@pytest.fixture(scope="session")
+def repository() -> pathlib.Path:
+    """Root of the checkout."""
+    return REPOSITORY
+
+
+@pytest.fixture(scope="session")
+def reference() -> pathlib.Path:
+    """Reference models with logits, losses and decodings made by other code."""
+    return REPOSITORY / "tests" / "reference"
+
+
+@pytest.fixture(scope="session")
+def test_data() -> pathlib.Path:
+    """Folder with data/ and tokenizers/ that are not part of the project."""
+    folder = os.environ.get("REFUSION_TEST_DATA")
+    if not folder or not pathlib.Path(folder).is_dir():
+        pytest.skip("REFUSION_TEST_DATA does not name a folder with data/ and tokenizers/")
+    return pathlib.Path(folder)
