@@ -21,6 +21,7 @@ import signal
 import socket
 import sys
 import threading
+import time
 from collections.abc import Mapping
 
 import jax
@@ -186,7 +187,7 @@ def _connect(setting: dict | None, timeout: int, heartbeat_timeout: int) -> None
             f"process {setting['process_id']} of {setting['num_processes']} on {socket.gethostname()}: "
             f"waiting for the others at {where} (at most {timeout} s)"
         )
-        _check_host_name(setting["coordinator_address"].rsplit(":", 1)[0].strip("[]"))
+        _wait_for_host_name(setting["coordinator_address"].rsplit(":", 1)[0].strip("[]"), timeout)
     else:
         where = "the TPU pod's coordinator (worker 0)"
     with _deadline(timeout, f"not all processes came together at {where} within {timeout} s"):
@@ -213,14 +214,20 @@ def _on_tpu_vm() -> bool:
     return pathlib.Path("/dev/accel0").exists() or pathlib.Path("/dev/vfio/0").exists()
 
 
-def _check_host_name(host: str) -> None:
-    try:
-        socket.getaddrinfo(host, None)
-    except socket.gaierror as error:
-        raise UserError(
-            f'the coordinator\'s host "{host}" is unknown on {socket.gethostname()} ({error.strerror}); '
-            "give the address of process 0 as this machine reaches it."
-        ) from None
+def _wait_for_host_name(host: str, timeout: int) -> None:
+    """Returns when `host` has an address; in a cluster that starts up, names appear late."""
+    end = time.monotonic() + timeout
+    while True:
+        try:
+            socket.getaddrinfo(host, None)
+            return
+        except socket.gaierror as error:
+            if time.monotonic() > end:
+                raise UserError(
+                    f'the coordinator\'s host "{host}" is unknown on {socket.gethostname()} ({error.strerror}); '
+                    "give the address of process 0 as this machine reaches it."
+                ) from None
+        time.sleep(min(1, timeout))
 
 
 @contextlib.contextmanager
@@ -228,7 +235,7 @@ def _deadline(seconds: float, message: str):
     """Ends the process when the body takes longer: JAX's connect cannot be interrupted, and aborts without the address."""
 
     def expire():
-        hint = "Check that every process runs with this address and the same number of processes, and that no firewall is between them."
+        hint = "Check that all processes run with this address and this number of processes, and no firewall is between."
         print(f"error: {message}. {hint}", file=sys.stderr, flush=True)
         os._exit(2)
 
