@@ -1,0 +1,219 @@
+"""The launch scripts: valid shell, dry runs that tell the truth, commands that the trainer accepts."""
+
+import os
+import pathlib
+import shlex
+import shutil
+import subprocess
+
+import pytest
+import yaml
+
+ROOT = pathlib.Path(__file__).parent.parent
+LAUNCH = ROOT / "launch"
+TRAIN = ["--config", "configs/8b.py", "--workdir", "/shared/it's mine/8b", "--config.optimizer.lr=1e-5"]
+GKE = ["--image", "example/refusion", "--claim", "disk"]
+
+# Every script with an action that starts training, and what the trainer gets beside TRAIN.
+STARTS = {
+    "local_cpu": (["local_cpu.sh"], []),
+    "local_cpu, 2 processes": (["local_cpu.sh", "--processes", "2"], []),
+    "slurm": (["slurm.sh", "submit", "--nodes", "2"], []),
+    "slurm, process per GPU": (["slurm.sh", "submit", "--process-per", "gpu", "--sbatch", "--partition=a100"], []),
+    "tpu": (["tpu.sh", "start", "pod", "--zone", "us-east5-a"], []),
+    "tpu, 2 slices": (["tpu.sh", "start", "pod", "--slices", "2"], ["--config.mesh.data=2"]),
+    "gke tpu": (["gke.sh", "start", "job", *GKE, "--accelerator", "tpu-v5p-slice", "--topology", "4x4x4"], []),
+    "gke tpu, 2 slices": (
+        ["gke.sh", "start", "job", *GKE, "--accelerator", "tpu-v6e-slice", "--topology", "4x4", "--slices", "2"],
+        ["--config.mesh.data=2"],
+    ),
+    "gke gpu": (["gke.sh", "start", "job", *GKE, "--accelerator", "nvidia-h100-80gb", "--nodes", "2"], []),
+}
+OTHERS = [
+    ["slurm.sh", "stop", "123"],
+    ["slurm.sh", "logs", "123"],
+    ["tpu.sh", "create", "pod", "--type", "v5p-128", "--slices", "2", "--spot", "--project", "p"],
+    *(["tpu.sh", action, "pod"] for action in ("logs", "status", "stop", "delete")),
+    *(["gke.sh", action, "job"] for action in ("logs", "stop")),
+]
+
+
+def bash(*command, cwd="/", **environ) -> subprocess.CompletedProcess:
+    """Runs a script with an environment that cannot leak this process's own settings of JAX."""
+    return subprocess.run(
+        ["bash", *map(str, command)], cwd=cwd, env={"PATH": os.environ["PATH"], "HOME": os.environ.get("HOME", "/")} | environ,
+        capture_output=True, text=True, timeout=60,
+    )  # fmt: skip
+
+
+def dry_run(arguments: list[str], train: list[str]) -> str:
+    done = bash(LAUNCH / arguments[0], *arguments[1:], "--dry-run", *train)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+@pytest.mark.parametrize("script", [*sorted(LAUNCH.glob("*.sh")), ROOT / ".ci/run"], ids=lambda path: path.name)
+def test_script_is_valid_shell(script):
+    done = bash("-n", script)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+def train_arguments(printed: str) -> list[list[str]]:
+    """Arguments of each training command in a dry run's output."""
+    if printed.startswith("apiVersion"):
+        job = yaml.safe_load(printed)["spec"]["replicatedJobs"][0]["template"]
+        words = [job["spec"]["template"]["spec"]["containers"][0]["command"]]
+    else:
+        words = []
+        for word in shlex.split(printed, comments=False):
+            if word.startswith("--command="):  # what runs on a TPU worker
+                words += [shlex.split(line) for line in word.removeprefix("--command=").splitlines() if "-m refusion" in line]
+        words += [shlex.split(line) for line in printed.splitlines() if line.startswith(("env ", "srun "))]
+    found = []
+    for line in words:
+        start = line.index("refusion_jax.train") + 1
+        assert line[start - 3 : start - 1] == ["python", "-m"]
+        end = line.index(">>") if ">>" in line else len(line)
+        found.append(line[start:end])
+    return found
+
+
+@pytest.mark.parametrize("case", STARTS)
+def test_dry_run_prints_a_command_that_the_trainer_accepts(case):
+    arguments, added = STARTS[case]
+    commands = train_arguments(dry_run(arguments, TRAIN))
+    assert commands == [TRAIN + added] * (2 if "processes" in case else 1)
+
+
+def stubs(folder: pathlib.Path, *names: str) -> str:
+    """A PATH in which the named programs only print how they are called, and what they are sent."""
+    folder.mkdir()
+    for name in names:
+        (folder / name).write_text(
+            '#!/usr/bin/env bash\nsource "$LIB"\nquoted "$(basename "$0")" "$@"\n[ -t 0 ] || cat\n'
+        )
+        (folder / name).chmod(0o755)
+    return f"{folder}:{os.environ['PATH']}"
+
+
+@pytest.mark.parametrize("arguments, train", [*((value[0], TRAIN) for name, value in STARTS.items() if "local" not in name), *((a, []) for a in OTHERS)])
+def test_dry_run_prints_what_the_real_run_does(arguments, train, tmp_path):
+    path = stubs(tmp_path / "bin", "gcloud", "git", "sbatch", "scancel", "kubectl", "tail", "mkdir")
+    done = bash(LAUNCH / arguments[0], *arguments[1:], *train, PATH=path, LIB=str(LAUNCH / "lib.sh"))
+    assert done.returncode == 0, done.stderr
+    called = [line for line in done.stdout.splitlines() if line not in ("sbatch", "kubectl apply -f -") and not line.startswith("mkdir ")]
+    assert called == dry_run(arguments, train).splitlines()
+
+
+def test_gke_manifest_asks_for_the_right_machines():
+    def job(case):
+        return yaml.safe_load(dry_run(STARTS[case][0], TRAIN))["spec"]["replicatedJobs"][0]
+
+    tpu = job("gke tpu, 2 slices")
+    assert tpu["replicas"] == 2  # slices
+    spec = tpu["template"]["spec"]
+    assert spec["parallelism"] == spec["completions"] == 4  # 4x4 chips on hosts of 4
+    container = spec["template"]["spec"]["containers"][0]
+    assert container["resources"]["limits"] == {"google.com/tpu": 4}
+    gpu = job("gke gpu")["template"]["spec"]
+    assert gpu["parallelism"] == 2
+    container = gpu["template"]["spec"]["containers"][0]
+    assert container["resources"]["limits"] == {"nvidia.com/gpu": 8}
+    names = {entry["name"]: entry.get("value") for entry in container["env"]}
+    assert names["JAX_COORDINATOR_ADDRESS"] == "job-workers-0-0.job:8476"
+    assert names["JAX_NUM_PROCESSES"] == "2"
+
+
+def test_slurm_batch_script_is_valid_and_has_the_tasks_asked_for():
+    per_node = dry_run(STARTS["slurm"][0], TRAIN)
+    per_gpu = dry_run(STARTS["slurm, process per GPU"][0], TRAIN)
+    assert "#SBATCH --ntasks-per-node=1\n" in per_node and "#SBATCH --nodes=2\n" in per_node
+    assert "#SBATCH --ntasks-per-node=8\n" in per_gpu and "#SBATCH --partition=a100\n" in per_gpu
+    for script in (per_node, per_gpu):
+        assert subprocess.run(["bash", "-n"], input=script, text=True, check=False).returncode == 0
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["local_cpu.sh", "--config", "configs/8b.py"], "--workdir DIR"),
+        (["local_cpu.sh", "--workdir", "x"], "--config configs/tiny.py"),
+        (["local_cpu.sh", "--config=configs/9b.py:steps=3", "--workdir=x"], "no such config in the repository: configs/9b.py"),
+        (["local_cpu.sh", "--devices", "8", "--processes", "3", *TRAIN], "cannot be shared evenly"),
+        (["slurm.sh", "submit", "--process-per", "rack", *TRAIN], "--process-per is rack"),
+        (["slurm.sh", "stop"], "needs the number of the job"),
+        (["tpu.sh", "create", "pod", "--type", "h100-8"], "--type is 'h100-8'"),
+        (["tpu.sh", "start", "--zone", "z"], "needs the name of the TPU"),
+        (["tpu.sh", "begin", "pod"], "unknown action begin"),
+        (["gke.sh", "start", "job", *GKE, "--accelerator", "tpu-v5p-slice", *TRAIN], "--topology is ''"),
+        (["gke.sh", "start", "job", "--accelerator", "tpu-v5p-slice", *TRAIN], "needs --image, --claim"),
+        (["gke.sh", "start", "job", "--image"], "--image needs a value"),
+    ],
+)
+def test_bad_arguments_are_named(arguments, message):
+    done = bash(LAUNCH / arguments[0], *arguments[1:])
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: ") and message in done.stderr
+
+
+# A Python that only pretends: it makes an empty environment and writes down every pip call and every training.
+PYTHON = """#!/usr/bin/env bash
+case "$*" in
+  "-c import sys, venv"*) exit 0 ;;
+  --version) echo Python 3.11 ;;
+  "-m venv"*) mkdir -p "$3/bin"; cp "$0" "$3/bin/python"; echo "PATH=$3/bin:\\$PATH" > "$3/bin/activate" ;;
+  "-m pip"*) echo "$@" >> "$CALLS" ;;
+  "-c import socket"*) echo 4242 ;;
+  *) echo "${JAX_NUM_CPU_DEVICES:-} ${JAX_COORDINATOR_ADDRESS:-} ${JAX_NUM_PROCESSES:-} ${JAX_PROCESS_ID:-} $*" >> "$CALLS"; exit ${JAX_PROCESS_ID:-0} ;;
+esac
+"""
+
+
+@pytest.fixture
+def clone(tmp_path):
+    """A repository with the scripts and no environment, and a folder with the pretended Python."""
+    shutil.copytree(LAUNCH, tmp_path / "clone" / "launch")
+    for name in ("setup.py", "configs"):
+        (shutil.copytree if (ROOT / name).is_dir() else shutil.copy)(ROOT / name, tmp_path / "clone" / name)
+    (tmp_path / "python").write_text(PYTHON)
+    (tmp_path / "python").chmod(0o755)
+    return tmp_path / "clone"
+
+
+def test_environment_is_made_once_and_again_when_it_must_change(clone, tmp_path):
+    calls = tmp_path / "calls"
+
+    def activate(extras: str) -> int:
+        done = bash("-euo", "pipefail", "-c", f"source {clone}/launch/env.sh; command -v python",
+                    REFUSION_EXTRAS=extras, REFUSION_PYTHON=str(tmp_path / "python"), CALLS=str(calls))  # fmt: skip
+        assert done.returncode == 0, done.stderr
+        assert done.stdout.splitlines()[-1] == f"{clone}/.venv/bin/python"
+        return len(calls.read_text().splitlines())
+
+    assert activate("test") == 1
+    assert f"-e {clone}[test]" in calls.read_text()
+    assert activate("test") == 1
+    assert activate("") == 1  # a part of what is there
+    assert activate("demo,test") == 2
+    assert activate("demo") == 2
+    with open(clone / "setup.py", "a") as setup:
+        setup.write("# another dependency\n")
+    assert activate("demo") == 3
+
+
+def test_python_that_is_too_old_or_missing_is_named(clone):
+    done = bash("-c", f"source {clone}/launch/env.sh && echo yes", REFUSION_PYTHON="python2.7")
+    assert done.returncode != 0 and "yes" not in done.stdout
+    assert "no Python 3.11 or newer" in done.stderr and "python2.7" in done.stderr
+
+
+def test_local_processes_get_their_number_and_the_first_failure_is_the_result(clone, tmp_path):
+    calls = tmp_path / "calls"
+    environ = {"REFUSION_PYTHON": str(tmp_path / "python"), "CALLS": str(calls)}
+    done = bash(clone / "launch/local_cpu.sh", "--devices", "6", "--processes", "2", *TRAIN, **environ)
+    assert done.returncode == 1, done.stderr  # the pretended process 1 fails with its number
+    train = " ".join(["-m refusion_jax.train", *TRAIN])
+    assert sorted(calls.read_text().splitlines()[1:]) == [f"3 localhost:4242 2 {index} {train}" for index in range(2)]
+    calls.unlink()
+    assert bash(clone / "launch/local_cpu.sh", *TRAIN, **environ).returncode == 0
+    assert calls.read_text().splitlines() == [f"8    {train}"]
