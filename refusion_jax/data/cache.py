@@ -5,7 +5,7 @@ A cache is a folder of flat little-endian arrays, read through memory maps:
   tokens.bin          uint32, examples end to end; an example is prompt, response, end id (method section 2)
   offsets.bin         int64 [examples + 1], where each example starts
   prompt_lengths.bin  int32 [examples]
-  hashes.bin          uint64 [examples], of the prompt (of the response for plain text)
+  hashes.bin          uint64 [examples], `sources.prompt_hash`
   meta.json           sizes and checksums of the above; written last
 
 Flat arrays, not ArrayRecord: fetching the ids of an example takes about 2 microseconds instead of 30.
@@ -27,7 +27,7 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from refusion_jax.data.sources import Source
+from refusion_jax.data.sources import Source, prompt_hash
 from refusion_jax.data.tokenizers import Tokenizer
 from refusion_jax.errors import UserError
 
@@ -53,15 +53,6 @@ class TokenCache:
         """Tokens of each example, prompt, response and end id: int64 [examples]."""
         return np.diff(self.offsets)
 
-    def part(self, start: float, stop: float) -> np.ndarray:
-        """Indices of the examples in a part of the source, ascending.
-
-        An example belongs to the part where its prompt's hash, as a fraction, falls: two examples with the same prompt never
-        stand on two sides of a cut, so a held-out part holds no prompt that was trained on.
-        """
-        fraction = self.hashes / 2.0**64
-        return np.flatnonzero((fraction >= start) & ((fraction < stop) | (stop == 1.0)))
-
 
 def cached_tokens(source: Source, tokenizer: Tokenizer, cache_dir: str | os.PathLike) -> TokenCache:
     """Returns a source's tokenised examples, from `cache_dir` where a sound cache of them is, else made there first.
@@ -72,6 +63,9 @@ def cached_tokens(source: Source, tokenizer: Tokenizer, cache_dir: str | os.Path
     Raises:
       UserError: bad records (see `sources`), no records, or a `cache_dir` that cannot be written.
     """
+    if "://" in str(cache_dir):
+        raise UserError(f"data.cache_dir is {str(cache_dir)!r}, but the cache of tokenised data is mapped into memory and must be in a local folder. "
+                        "Set data.cache_dir to one.")
     key = hashlib.blake2b(f"{FORMAT} {source.key} {tokenizer.fingerprint}".encode(), digest_size=16).hexdigest()
     folder = pathlib.Path(cache_dir).expanduser() / f"{source.config.kind}-{key}"
     try:
@@ -79,6 +73,8 @@ def cached_tokens(source: Source, tokenizer: Tokenizer, cache_dir: str | os.Path
         with _lock(folder.with_suffix(".lock")) as alone:
             cache = _read(folder)
             if cache is None:
+                if folder.exists():
+                    print(f"The cache of tokenised data {str(folder)!r} is damaged; it is built again.", file=sys.stderr)
                 for left_over in folder.parent.glob(f"{folder.name}.unfinished-*") if alone else ():
                     shutil.rmtree(left_over, ignore_errors=True)
                 _build(source, tokenizer, folder)
@@ -113,9 +109,7 @@ def _read(folder: pathlib.Path) -> TokenCache | None:
                 raise ValueError(f"{path.name} is not what was written")
             arrays[name] = np.memmap(path, dtype, mode="r")
         return TokenCache(**arrays)
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        if folder.exists():
-            print(f"The cache of tokenised data {folder} is damaged ({error}); it is built again.", file=sys.stderr)
+    except (OSError, ValueError, KeyError, TypeError):
         return None
 
 
@@ -144,9 +138,7 @@ def _build(source: Source, tokenizer: Tokenizer, folder: pathlib.Path) -> None:
                     file.write(ids.astype("<u4").tobytes())
                     lengths.append(len(ids))
                     prompt_lengths.append(prompt_length)
-                for query, response in examples:
-                    text = response if query is None else query
-                    hashes.append(int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little"))
+                hashes.extend(prompt_hash(*example) for example in examples)
                 progress.show(len(lengths))
         np.concatenate([[0], np.cumsum(lengths)]).astype("<i8").tofile(unfinished / "offsets.bin")
         np.asarray(prompt_lengths, "<i4").tofile(unfinished / "prompt_lengths.bin")
@@ -157,8 +149,13 @@ def _build(source: Source, tokenizer: Tokenizer, folder: pathlib.Path) -> None:
         for path in (*files.values(), unfinished / "meta.json"):
             with open(path, "rb") as file:
                 os.fsync(file.fileno())  # the move below must not reach the disk before the content
-        shutil.rmtree(folder, ignore_errors=True)
-        os.rename(unfinished, folder)
+        try:
+            if _read(folder) is None:
+                shutil.rmtree(folder, ignore_errors=True)
+                os.rename(unfinished, folder)
+        except OSError:
+            if _read(folder) is None:  # not because another process was faster
+                raise
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
 
@@ -171,7 +168,7 @@ def _lock(path: pathlib.Path) -> Iterator[bool]:
             fcntl.flock(file, fcntl.LOCK_EX)
             locked = True
         except OSError:
-            locked = False  # several may build at once; the last one to finish wins, with the same content
+            locked = False  # several may build at once; the first one to finish wins
         yield locked
 
 

@@ -17,7 +17,7 @@ import numpy as np
 from refusion_jax.config import SourceConfig
 from refusion_jax.data.cache import TokenCache, cached_tokens
 from refusion_jax.data.packing import Plan, examples_per_row, pack
-from refusion_jax.data.sources import open_source
+from refusion_jax.data.sources import in_part, open_source
 from refusion_jax.data.tokenizers import Tokenizer
 from refusion_jax.errors import UserError
 
@@ -199,7 +199,7 @@ def load_rows(sources: Sequence[SourceConfig], tokenizer: Tokenizer, *, max_leng
     for config in sources:
         source = open_source(config)
         cache = cached_tokens(source, tokenizer, cache_dir)
-        part = cache.part(config.start, config.stop)
+        part = np.flatnonzero(in_part(cache.hashes, config.start, config.stop))
         kept = part[cache.lengths[part] <= max_length]
         if not len(part):
             raise UserError(f"data source {source.name!r}: none of its {len(cache):,} examples falls in the part from start = {config.start} to "

@@ -11,12 +11,35 @@ import importlib.metadata
 import json
 import mmap
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
+
+import numpy as np
 
 from refusion_jax.config import SourceConfig
 from refusion_jax.data import tasks
 from refusion_jax.errors import UserError
+
+
+def prompt_hash(query: str | None, response: str) -> int:
+    """64-bit hash of an example's prompt; of the document for plain text."""
+    return int.from_bytes(hashlib.blake2b((response if query is None else query).encode(), digest_size=8).digest(), "little")
+
+
+def in_part(hashes: np.ndarray, start: float, stop: float) -> np.ndarray:
+    """Which examples belong to the part of a source from `start` to `stop`.
+
+    An example belongs where its prompt's hash falls, as a fraction of all hashes. So two examples with the same prompt never stand on two
+    sides of a cut, and a held-out part holds no prompt that was trained on.
+
+    Args:
+      hashes: `prompt_hash` of each example, uint64 of any shape.
+
+    Returns:
+      bool of the same shape.
+    """
+    fraction = hashes / 2.0**64
+    return (fraction >= start) & ((fraction < stop) | (stop >= 1))
 
 
 class Source:
@@ -51,6 +74,10 @@ class Source:
     def __getitem__(self, i: int) -> tuple[str | None, str]:
         return self._from_fields(self._records[i], self._place(i))
 
+    def part(self) -> Iterator[int]:
+        """Indices of the examples between the config's `start` and `stop`, ascending (see `in_part`)."""
+        return (i for i in range(len(self)) if in_part(np.uint64(prompt_hash(*self[i])), self.config.start, self.config.stop))
+
     def _place(self, i: int) -> str:
         return f"{self.name}, record {i} (counted from 0)"
 
@@ -83,6 +110,10 @@ def _text(record: Mapping[str, Any], field: str, setting: str, place: str) -> st
     if not isinstance(value, str):
         raise UserError(f"{place}: the field {field!r} is {value!r:.60}, a {type(value).__name__}; it must be a string. "
                         f"Convert it, or set the source's {setting} to another field.")
+    try:
+        value.encode("utf-8")
+    except UnicodeEncodeError as error:  # half of a surrogate pair, which JSON can spell
+        raise UserError(f"{place}: the field {field!r} is not valid text ({error}). Remove that character.") from error
     return value
 
 
@@ -107,10 +138,13 @@ class FileSource(Source):
     def _content_key(self):
         digest = hashlib.blake2b(digest_size=16)
         for path in self.paths:
-            digest.update(str(os.path.getsize(path)).encode() + b" ")
-            with open(path, "rb") as file:
-                while block := file.read(1 << 22):
-                    digest.update(block)
+            try:
+                digest.update(str(os.path.getsize(path)).encode() + b" ")
+                with open(path, "rb") as file:
+                    while block := file.read(1 << 22):
+                        digest.update(block)
+            except OSError as error:
+                raise UserError(f"the data file {path!r} cannot be read: {error}. Mend its permissions or give another file.") from error
         return digest.hexdigest()
 
 
@@ -125,7 +159,7 @@ class JsonSource(FileSource):
         self._starts = []  # of each file, to name the place of a record
         for path in self.paths:
             try:
-                with open(path, encoding="utf-8") as file:
+                with open(path, encoding="utf-8-sig") as file:
                     content = json.load(file)
             except json.JSONDecodeError as error:
                 raise UserError(f"{path}, line {error.lineno}, column {error.colno}: malformed JSON ({error.msg}). The file must be one list "

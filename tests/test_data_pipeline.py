@@ -1,0 +1,192 @@
+"""Rows by number: independent of processes, resumable anywhere, every example once per epoch."""
+
+import itertools
+import json
+
+import numpy as np
+import pytest
+
+from refusion_jax.config import SourceConfig
+from refusion_jax.data.cache import cached_tokens
+from refusion_jax.data.pipeline import batches, epoch_batches, load_rows
+from refusion_jax.data.sources import open_source
+from refusion_jax.data.tokenizers import load_tokenizer
+from refusion_jax.errors import UserError
+
+TOKENIZER = load_tokenizer("bytes")
+
+
+@pytest.fixture(scope="module")
+def cache_dir(tmp_path_factory):
+    return tmp_path_factory.mktemp("cache")
+
+
+def spelling(size=400, **settings):
+    return SourceConfig("procedural", "spell_backward", size=size, **settings)
+
+
+def load(cache_dir, *sources, max_length=256, **settings):
+    return load_rows(sources or (spelling(),), TOKENIZER, max_length=max_length, cache_dir=cache_dir, **settings)
+
+
+def same(a, b):
+    assert a.keys() == b.keys()
+    for name in a:
+        np.testing.assert_array_equal(a[name], b[name], err_msg=name)
+
+
+def row_examples(row):
+    """(tokens, prompt length, id) of each example of a row."""
+    ends = np.cumsum(row["lengths"])
+    for end, length, prompt_length, number in zip(ends, row["lengths"], row["prompt_lengths"], row["example_ids"]):
+        if length:
+            yield tuple(row["tokens"][end - length : end].tolist()), int(prompt_length), int(number)
+
+
+def epoch_examples(rows, epoch):
+    numbers = itertools.takewhile(lambda i: rows.locate(i)[0] <= epoch, itertools.count())
+    return [e for i in numbers if rows.locate(i)[0] == epoch for e in row_examples(rows[i])]
+
+
+def test_a_row_is_examples_end_to_end_then_padding(cache_dir):
+    rows = load(cache_dir)
+    for i in range(10):
+        row = rows[i]
+        assert row["tokens"].dtype == row["lengths"].dtype == row["prompt_lengths"].dtype == np.int32 and row["example_ids"].dtype == np.uint32
+        assert row["tokens"].shape == (256,) and row["lengths"].shape == (rows.max_examples_per_row,)
+        count = int((row["lengths"] > 0).sum())
+        assert count > 1 and not row["lengths"][count:].any() and not row["prompt_lengths"][count:].any()
+        assert (row["tokens"][row["lengths"].sum() :] == TOKENIZER.pad_id).all()
+        for tokens, prompt_length, _ in row_examples(row):
+            query, response = TOKENIZER.decode(tokens[:prompt_length]), TOKENIZER.decode(tokens[prompt_length:])
+            assert tokens[-1] == TOKENIZER.eos_id and query.endswith(response[::-1])
+
+
+def test_every_example_once_per_epoch_in_another_order(cache_dir):
+    rows = load(cache_dir)
+    cache = cached_tokens(open_source(spelling()), TOKENIZER, cache_dir)
+    expected = sorted(tuple(cache.tokens[a:b].tolist()) for a, b in zip(cache.offsets, cache.offsets[1:]))
+    epochs = [epoch_examples(rows, epoch) for epoch in range(3)]
+    for epoch, examples in enumerate(epochs):
+        assert sorted(tokens for tokens, _, _ in examples) == expected
+        assert sorted(number for _, _, number in examples) == list(range(epoch * 400, epoch * 400 + 400))
+    order = [[number % 400 for _, _, number in examples] for examples in epochs]
+    assert order[0] != order[1] != order[2]
+    assert [e for e in epoch_examples(load(cache_dir, seed=1), 0)] != epochs[0]
+
+
+def test_example_ids_do_not_depend_on_packing(cache_dir):
+    packed, unpacked = load(cache_dir), load(cache_dir, max_examples_per_row=1, seed=5)
+    assert unpacked.max_examples_per_row == 1 and unpacked.rows_per_epoch == 400
+    for epoch in (0, 1):
+        assert sorted(epoch_examples(packed, epoch)) == sorted(epoch_examples(unpacked, epoch))
+
+
+@pytest.mark.parametrize("processes", [1, 2, 4])
+def test_global_batches_do_not_depend_on_the_process_count(processes, cache_dir):
+    rows = load(cache_dir)
+    whole = batches(rows, batch_size=8, local_rows=range(8), start_row=3)
+    shares = [np.arange(8)[p::processes] for p in range(processes)]
+    parts = [batches(load(cache_dir), batch_size=8, local_rows=share, start_row=3) for share in shares]
+    for n in range(12):  # about two epochs
+        expected, pieces = next(whole), [next(part) for part in parts]
+        joined = {name: np.empty_like(expected[name]) for name in expected}
+        for share, piece in zip(shares, pieces):
+            for name in joined:
+                joined[name][share] = piece[name]
+        same(joined, expected)
+        same({name: x[2] for name, x in expected.items()}, rows[3 + n * 8 + 2])
+
+
+def test_a_process_reads_only_its_rows(cache_dir, monkeypatch):
+    rows, asked = load(cache_dir), []
+    read = type(rows).__getitem__
+    monkeypatch.setattr(type(rows), "__getitem__", lambda self, i: asked.append(i) or read(self, i))
+    iterator = batches(rows, batch_size=8, local_rows=[2, 6])
+    next(iterator), next(iterator)
+    iterator.close()
+    assert asked and {i % 8 for i in asked} == {2, 6}
+
+
+@pytest.mark.parametrize("batch_size, next_batch_size", [(4, 4), (4, 6)])
+def test_resume_at_any_row_is_exact(batch_size, next_batch_size, cache_dir):
+    rows = load(cache_dir)
+    total = 4 * rows.rows_per_epoch
+    for start in (4, total // 2 // 4 * 4, total):  # at once, in the middle, in a later epoch
+        fresh = batches(load(cache_dir), batch_size=next_batch_size, local_rows=range(next_batch_size), start_row=start)
+        resumed = [next(fresh) for _ in range(3)]
+        for n, batch in enumerate(resumed):
+            for i in range(next_batch_size):
+                same({name: x[i] for name, x in batch.items()}, rows[start + n * next_batch_size + i])
+
+
+def test_evaluation_is_one_fixed_epoch_filled_up_with_empty_rows(cache_dir):
+    rows = load(cache_dir, shuffle=False)
+    batch_size = next(b for b in range(3, 20) if rows.rows_per_epoch % b)
+    seen = list(epoch_batches(rows, batch_size=batch_size, local_rows=range(batch_size)))
+    assert len(seen) == -(-rows.rows_per_epoch // batch_size)
+    last = seen[-1]["lengths"][rows.rows_per_epoch % batch_size :]
+    assert last.size and not last.any()
+    examples = [e for b in seen for i in range(batch_size) for e in row_examples({name: x[i] for name, x in b.items()})]
+    assert sorted(number for _, _, number in examples) == list(range(400))
+    for again, first in zip(epoch_batches(load(cache_dir, shuffle=False, seed=9), batch_size=batch_size, local_rows=range(batch_size)), seen):
+        same(again, first)
+
+
+def test_mixture_weights_are_passes_per_epoch(cache_dir):
+    other = SourceConfig("procedural", "basic_arithmetic", size=100, weight=2.0)
+    rows = load(cache_dir, spelling(weight=0.5), other)
+    epochs = [[number for _, _, number in epoch_examples(rows, epoch)] for epoch in range(4)]
+    for numbers in epochs:
+        spelled = [n for n in numbers if n % 500 < 400]
+        assert len(spelled) == 200 and len(set(n % 500 for n in spelled)) == 200
+        assert np.bincount([n % 500 - 400 for n in numbers if n % 500 >= 400]).tolist() == [2] * 100
+    for a, b in (epochs[:2], epochs[2:]):  # two halves make a whole
+        assert sorted(n % 500 for n in a + b if n % 500 < 400) == list(range(400))
+    assert len(set(sum(epochs, []))) == 4 * 400  # a pass over an example never shares its id
+    assert rows.report.examples == 400
+
+
+def test_report_counts_what_is_there(cache_dir):
+    whole = load(cache_dir).report
+    lengths = cached_tokens(open_source(spelling()), TOKENIZER, cache_dir).lengths
+    assert (whole.examples, whole.dropped, whole.tokens) == (400, 0, lengths.sum())
+    assert whole.padding_share == pytest.approx(1 - lengths.sum() / (whole.rows * 256))
+    limit = int(np.median(lengths))
+    cut = load(cache_dir, max_length=limit)
+    dropped = int((lengths > limit).sum())
+    assert dropped and (cut.report.examples, cut.report.dropped) == (400 - dropped, dropped)
+    assert f"{dropped} dropped (longer than {limit})" in str(cut.report) and "% padding" in str(cut.report)
+    assert max(len(tokens) for tokens, _, _ in epoch_examples(cut, 0)) <= limit
+
+
+def test_parts_of_a_source_share_no_prompt(cache_dir):
+    train, held_out = load(cache_dir, spelling(stop=0.8)), load(cache_dir, spelling(start=0.8))
+    prompts = [{tokens[:n] for tokens, n, _ in epoch_examples(rows, 0)} for rows in (train, held_out)]
+    assert prompts[0] and prompts[1] and not prompts[0] & prompts[1]
+    assert train.report.examples + held_out.report.examples == 400
+
+
+def test_sample_file_with_the_real_vocabulary(test_data, cache_dir):
+    tokenizer = load_tokenizer(str(test_data / "tokenizers" / "qwen3"))
+    path = test_data / "data" / "query_response_100.json"
+    rows = load_rows([SourceConfig("json", str(path))], tokenizer, max_length=4096, cache_dir=cache_dir, shuffle=False)
+    records = json.loads(path.read_text())
+    assert rows.report.examples == 100 and rows.report.dropped == 0
+    for tokens, prompt_length, number in epoch_examples(rows, 0):
+        assert list(tokens[:prompt_length]) == tokenizer.encode_prompt(records[number]["query"])
+        assert tokenizer.decode(tokens[prompt_length:-1]) == records[number]["response"] and tokens[-1] == 151645
+
+
+def test_bad_settings_are_named(cache_dir, tmp_path):
+    with pytest.raises(UserError, match="no data source"):
+        load_rows([], TOKENIZER, max_length=64, cache_dir=cache_dir)
+    with pytest.raises(UserError, match=r"spell_backward.*max_length is 20, but its shortest example has \d+ tokens"):
+        load(cache_dir, max_length=20)
+    with pytest.raises(UserError, match="none of its 400 examples falls in the part from start = 0.5 to stop = 0.5000001"):
+        load(cache_dir, spelling(start=0.5, stop=0.5000001))
+    with pytest.raises(UserError, match="weight = 0.001 of 400 examples"):
+        load(cache_dir, spelling(weight=0.001))
+    (tmp_path / "a.json").write_text('[{"query": "a", "response": "b"}, {"query": "a"}]')
+    with pytest.raises(UserError, match=r"a\.json, record 1 .*no field 'response'"):
+        load(cache_dir, SourceConfig("json", str(tmp_path / "a.json")))
