@@ -1,7 +1,11 @@
 """A training run's configuration: frozen, validated dataclasses, made once from `configs/*.py` and the command line."""
 
+import argparse
+import ast
 import dataclasses
 import json
+import pathlib
+import runpy
 import types
 import typing
 from typing import Any
@@ -283,3 +287,68 @@ def parse_arguments(argument: str | None, **defaults: Any) -> types.SimpleNamesp
         except ValueError:
             raise UserError(f"Config argument {name} = {text!r} is not of type {kind.__name__}.") from None
     return types.SimpleNamespace(**values)
+
+
+def load_config(argument: str, overrides: dict[str, str] | None = None) -> Config:
+    """Reads a config file and applies overrides.
+
+    Args:
+      argument: `path.py` or `path.py:name=value,...`; the file has `get_config(argument) -> ConfigDict`.
+      overrides: dotted name -> text; texts are Python literals where they parse as one (`1e-4`, `[4, 8]`), else strings.
+
+    Raises:
+      UserError: no such file, or an unknown or impossible setting.
+    """
+    path, _, argument = argument.partition(":")
+    if not pathlib.Path(path).is_file():
+        raise UserError(f"There is no config file {path}; the ones that come with the project are in configs/.")
+    settings = runpy.run_path(path)["get_config"](argument).to_dict()
+    for name, text in (overrides or {}).items():
+        try:
+            value = ast.literal_eval(text)
+        except (ValueError, SyntaxError):
+            value = text
+        *groups, last = name.split(".")
+        group = settings
+        for part in groups:
+            group = _item(group, part, name)
+        _item(group, last, name)
+        group[int(last) if isinstance(group, list) else last] = value
+    return from_config_dict(settings)
+
+
+def _item(group: Any, part: str, name: str) -> Any:
+    """`group[part]` of nested settings; tuples were made lists by ConfigDict.to_dict or are read-only."""
+    if isinstance(group, dict) and part in group:
+        if isinstance(group[part], tuple):
+            group[part] = list(group[part])
+        return group[part]
+    if isinstance(group, list) and part.isdigit() and int(part) < len(group):
+        return group[int(part)]
+    known = ", ".join(sorted(group)) if isinstance(group, dict) else f"indices 0 to {len(group) - 1}" if isinstance(group, list) else "no settings"
+    raise UserError(f"Unknown setting config.{name}: there is no {part!r}; here are {known}.")
+
+
+def add_config_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds --config to a command; `parse_config` then takes `--config.NAME=VALUE` overrides too."""
+    parser.add_argument("--config", required=True, metavar="FILE[:NAME=VALUE,...]", help="config file, with its arguments; override any setting with --config.NAME=VALUE")
+
+
+def parse_config(parser: argparse.ArgumentParser, argv: list[str] | None = None) -> tuple[argparse.Namespace, Config]:
+    """Parses a command line with --config and its overrides.
+
+    Raises:
+      UserError: an unknown argument, or what `load_config` raises.
+    """
+    arguments, rest = parser.parse_known_args(argv)
+    overrides, rest = {}, list(rest)
+    while rest:
+        name, equals, value = rest.pop(0).partition("=")
+        if not name.startswith("--config."):
+            raise UserError(f"Unknown argument {name}; see --help. Settings are overridden with --config.NAME=VALUE.")
+        if not equals:
+            if not rest:
+                raise UserError(f"{name} has no value; write {name}=VALUE.")
+            value = rest.pop(0)
+        overrides[name.removeprefix("--config.")] = value
+    return arguments, load_config(arguments.config, overrides)

@@ -1,6 +1,7 @@
 """The training step: state, optimizer, and one jitted program over a mesh."""
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -80,8 +81,8 @@ def train_step(config: Config, optimizer: optax.GradientTransformation, state: T
     accumulation over microbatches exact.
 
     Returns:
-      The next state and float32 scalars: loss, ar_loss, mdm_loss, ar_tokens, mdm_tokens, examples, tokens, grad_norm
-      (before clipping), param_norm (after the update).
+      The next state and float32 scalars: loss, ar_loss, mdm_loss, ar_tokens, mdm_tokens, examples, tokens (useful ones),
+      token_pairs (attended), grad_norm (before clipping), param_norm (after the update).
     """
     objective = config.objective
     weights = {"ar": objective.ar_weight, "mdm": objective.mdm_weight}
@@ -113,6 +114,7 @@ def train_step(config: Config, optimizer: optax.GradientTransformation, state: T
         **{f"{name}_tokens": jnp.sum(term.weights > 0, dtype=jnp.float32) for name, term in inputs.terms.items()},
         "examples": jnp.sum(batch.lengths > 0, dtype=jnp.float32),
         "tokens": jnp.sum(batch.lengths, dtype=jnp.float32),
+        "token_pairs": jnp.sum(batch.lengths * (batch.lengths + 1.0) / 2),
         "grad_norm": optax.global_norm(grads),
         "param_norm": optax.global_norm(params),
     }
@@ -142,6 +144,21 @@ def eval_step(config: Config, params: dict, frozen: dict, batch: PackedBatch) ->
     }
 
 
+class OnMesh:
+    """A jitted function that is always traced and run with the training rules meaning `mesh`."""
+
+    def __init__(self, mesh: Mesh, function: Callable, **jit_arguments):
+        self._mesh, self.jitted = mesh, jax.jit(function, **jit_arguments)
+
+    def __call__(self, *args):
+        with sharding.use(self._mesh, sharding.TRAIN_RULES):
+            return self.jitted(*args)
+
+    def lower(self, *args):
+        with sharding.use(self._mesh, sharding.TRAIN_RULES):
+            return self.jitted.lower(*args)
+
+
 @dataclasses.dataclass(frozen=True)
 class Program:
     """The jitted functions of a run on its mesh, with the sharding of everything they take.
@@ -155,9 +172,9 @@ class Program:
     """
 
     mesh: Mesh
-    init: Callable[[jax.Array], TrainState]
-    train: Callable[[TrainState, PackedBatch], tuple[TrainState, dict]]
-    evaluate: Callable[[dict, dict, PackedBatch], dict]
+    init: OnMesh
+    train: OnMesh
+    evaluate: OnMesh
     abstract_state: TrainState
     batch_sharding: jax.sharding.NamedSharding
 
@@ -207,24 +224,15 @@ def build(config: Config, mesh: Mesh, steps: int) -> Program:
     with_base = shardings.replace(frozen=frozen_shardings)
     rows = sharding.batch_sharding(mesh)
 
-    def under_mesh(f: Callable, **jit_arguments) -> Callable:
-        jitted = jax.jit(f, **jit_arguments)
-
-        def call(*args):
-            with sharding.use(mesh, sharding.TRAIN_RULES):
-                return jitted(*args)
-
-        call.jitted = jitted
-        return call
-
+    on_mesh = functools.partial(OnMesh, mesh)
     return Program(
         mesh=mesh,
-        init=under_mesh(init, out_shardings=shardings),
-        train=under_mesh(
+        init=on_mesh(init, out_shardings=shardings),
+        train=on_mesh(
             lambda state, batch: train_step(config, optimizer, state, batch),
             in_shardings=(with_base, rows), out_shardings=(with_base, replicated), donate_argnums=0,
         ),
-        evaluate=under_mesh(
+        evaluate=on_mesh(
             lambda params, frozen, batch: eval_step(config, params, frozen, batch),
             in_shardings=(param_shardings, frozen_shardings, rows), out_shardings=replicated,
         ),

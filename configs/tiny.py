@@ -1,0 +1,36 @@
+"""A model that two CPU cores train in minutes: byte-level, on easy procedural tasks.
+
+Arguments: steps, e.g. `configs/tiny.py:steps=50`.
+"""
+
+from ml_collections import ConfigDict
+
+from refusion_jax.config import model_settings, parse_arguments
+from refusion_jax.model.config import ModelConfig
+
+
+def get_config(argument: str = "") -> ConfigDict:
+    arg = parse_arguments(argument, steps=1500)
+    model = ModelConfig(
+        vocab_size=320, hidden_size=128, intermediate_size=384, num_layers=4, num_heads=4, num_kv_heads=2, head_dim=32,
+        tie_embeddings=True, rope_theta=10000.0, max_position_embeddings=512,
+    )  # fmt: skip
+    task = dict(kind="procedural", path="spell_backward", options=(("min_word_len", 3), ("max_word_len", 8)))
+    return ConfigDict(
+        dict(
+            model=model_settings(model, logical_vocab_size=0),
+            data=dict(
+                tokenizer="bytes",
+                train=[dict(task, size=20000, seed=1)],
+                evaluation=[dict(task, size=200, seed=2)],
+                max_length=256,
+            ),
+            objective=dict(slot_sizes=(4, 8), mdm_weight_cap=10.0),
+            optimizer=dict(lr=2e-3, warmup_steps=100),
+            steps=arg.steps,
+            batch_size=16,
+            eval_every=500,
+            log_every=20,
+            checkpoint_every_steps=500,
+        )
+    )

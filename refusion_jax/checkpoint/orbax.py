@@ -1,0 +1,216 @@
+"""Checkpoints of a run, and converted weights in the same layout.
+
+    DIR/checkpoints/<step>/params      parameters (of the model, or of the adapters on a frozen base)
+    DIR/checkpoints/<step>/optimizer   optimizer state and step; absent in converted weights
+    DIR/checkpoints/<step>/data        {"next_row": number of the next row}
+    DIR/checkpoints/<step>/meta        {"format", "model", "config", "step", "versions", "tokenizer"}
+    DIR/tokenizer/                     the tokenizer
+"""
+
+import dataclasses
+import importlib.metadata
+import json
+import pathlib
+from typing import Any
+
+import jax
+import orbax.checkpoint as ocp
+from flax import linen as nn
+from jax.sharding import Mesh
+from orbax.checkpoint import checkpoint_managers
+
+from refusion_jax import __version__, lora
+from refusion_jax.config import LoraConfig
+from refusion_jax.errors import UserError
+from refusion_jax.model.config import ModelConfig
+from refusion_jax.parallel import sharding
+from refusion_jax.step import TrainState
+
+FORMAT = 1
+_LIBRARIES = ("jax", "flax", "optax", "orbax-checkpoint", "grain")
+
+
+def make_meta(model: ModelConfig, *, step: int, tokenizer: str, config: dict | None = None) -> dict:
+    """The metadata of a checkpoint; `config` is the run's, None for converted weights."""
+    versions = {"refusion_jax": __version__, **{name: importlib.metadata.version(name) for name in _LIBRARIES}}
+    return {"format": FORMAT, "model": dataclasses.asdict(model), "config": config, "step": step, "versions": versions, "tokenizer": tokenizer}
+
+
+def steps_in(folder: str | pathlib.Path) -> list[int]:
+    """Steps of the complete checkpoints in a folder, ascending."""
+    root = pathlib.Path(folder) / "checkpoints"
+    return sorted(int(p.name) for p in root.iterdir() if p.name.isdigit() and (p / "_CHECKPOINT_METADATA").exists()) if root.is_dir() else []
+
+
+def checkpoint_path(folder: str | pathlib.Path, step: int | None = None) -> pathlib.Path:
+    """Path of a complete checkpoint, the latest one by default.
+
+    Raises:
+      UserError: there is none.
+    """
+    steps = steps_in(folder)
+    if not steps:
+        raise UserError(f"There is no complete checkpoint in {folder} (looked for {folder}/checkpoints/<step>). Give the --workdir of a run or the output of a conversion.")
+    if step is not None and step not in steps:
+        raise UserError(f"There is no checkpoint of step {step} in {folder}; there are {', '.join(map(str, steps))}.")
+    return pathlib.Path(folder).absolute() / "checkpoints" / str(steps[-1] if step is None else step)
+
+
+def read_meta(folder: str | pathlib.Path, step: int | None = None) -> dict:
+    """Metadata of a checkpoint (see `make_meta`).
+
+    Raises:
+      UserError: no checkpoint, or not one of this project.
+    """
+    path = checkpoint_path(folder, step) / "meta" / "metadata"
+    try:
+        meta = json.loads(path.read_text())
+        if meta["format"] != FORMAT:
+            raise UserError(f"{path} has format {meta['format']}, this version reads {FORMAT}; use the version that wrote it ({meta['versions']}).")
+        return meta
+    except (OSError, json.JSONDecodeError, KeyError) as error:
+        raise UserError(f"{path} is not the metadata of a checkpoint of this project ({error!r}).") from None
+
+
+def restore_params(folder: str | pathlib.Path, config: ModelConfig, mesh: Mesh, rules: sharding.Rules, dtype: Any = None, step: int | None = None) -> dict:
+    """Sharded parameters of a checkpoint, each process reading its own shards.
+
+    Args:
+      folder: of a run or a conversion.
+      config: the model; the checkpoint must hold its parameters.
+      mesh, rules: where they go.
+      dtype: of the parameters; None: as stored.
+      step: which checkpoint; None: the latest.
+
+    Raises:
+      UserError: no checkpoint, or parameters of other names or shapes.
+    """
+    abstract = nn.unbox(sharding.abstract_params(config))
+    return _restore(folder, abstract, sharding.param_shardings(config, mesh, rules), dtype, step)
+
+
+def restore_adapters(folder: str | pathlib.Path, config: ModelConfig, adapters: LoraConfig, mesh: Mesh, step: int | None = None) -> dict:
+    """Sharded adapters of a checkpoint that holds no more; otherwise as `restore_params`."""
+    abstract = jax.eval_shape(lambda key: lora.init(key, config, adapters), jax.random.key(0))
+    return _restore(folder, abstract, lora.shardings(config, adapters, mesh), None, step)
+
+
+def _restore(folder, abstract: dict, shardings: dict, dtype: Any, step: int | None) -> dict:
+    path = checkpoint_path(folder, step) / "params"
+    with ocp.StandardCheckpointer() as checkpointer:
+        found = checkpointer.metadata(path).item_metadata.tree
+        check_shapes(abstract, found, str(path))
+        target = jax.tree.map(lambda a, f, s: jax.ShapeDtypeStruct(a.shape, dtype or f.dtype, sharding=s), abstract, found, shardings)
+        return checkpointer.restore(path, target)
+
+
+def check_shapes(expected: dict, found: dict, where: str) -> None:
+    """Raises one UserError that lists every parameter that is missing, unknown or of another shape."""
+    named = lambda tree: {jax.tree_util.keystr(path, simple=True, separator="/"): tuple(x.shape) for path, x in jax.tree_util.tree_leaves_with_path(tree)}
+    expected, found = named(expected), named(found)
+    problems = [f"{name} is missing" for name in expected if name not in found]
+    problems += [f"{name} is unknown" for name in found if name not in expected]
+    problems += [f"{name} is {found[name]}, not {expected[name]}" for name in expected if name in found and found[name] != expected[name]]
+    if problems:
+        raise UserError(f"The parameters in {where} are not those of the configured model: {'; '.join(problems)}. Use the config.model that the checkpoint was made with.")
+
+
+class Checkpoints:
+    """The checkpoints of a run: written in the background, whole or not at all, last and best ones kept."""
+
+    def __init__(self, folder: str | pathlib.Path, keep_last: int = 3, keep_best: int = 0):
+        """Opens, or starts, the checkpoints in `folder`.
+
+        Raises:
+          UserError: the folder cannot be written.
+        """
+        self._folder = pathlib.Path(folder).absolute()
+        policies = [checkpoint_managers.LatestN(keep_last)]
+        if keep_best:
+            best = checkpoint_managers.BestN(get_metric_fn=lambda m: m["loss"], reverse=True, n=keep_best, keep_checkpoints_without_metrics=False)
+            policies.append(best)
+        options = ocp.CheckpointManagerOptions(
+            preservation_policy=checkpoint_managers.AnyPreservationPolicy(policies), cleanup_tmp_directories=True, save_interval_steps=1
+        )
+        try:
+            (self._folder / "checkpoints").mkdir(parents=True, exist_ok=True)
+            self._manager = ocp.CheckpointManager(self._folder / "checkpoints", options=options)
+        except OSError as error:
+            raise UserError(f"Cannot write checkpoints to {self._folder}: {error.strerror or error}. Choose a --workdir that can be written.") from None
+
+    def latest_step(self) -> int | None:
+        return self._manager.latest_step()
+
+    def save(self, state: TrainState, next_row: int, meta: dict, eval_loss: float | None = None) -> None:
+        """Starts to save; returns as soon as the state has been copied off the devices.
+
+        Raises:
+          UserError: this or an earlier save could not be written (disk full, no permission); earlier checkpoints stay whole.
+        """
+        step = meta["step"]
+        items = {
+            "params": ocp.args.StandardSave(state.params),
+            "optimizer": ocp.args.StandardSave({"step": state.step, "state": state.opt_state}),
+            "data": ocp.args.JsonSave({"next_row": next_row}),
+            "meta": ocp.args.JsonSave(meta),
+        }
+        metrics = None if eval_loss is None else {"loss": eval_loss}
+        self._guard(lambda: self._manager.save(step, args=ocp.args.Composite(**items), metrics=metrics, force=True))
+
+    def check(self) -> None:
+        """Raises a UserError if a save in the background has failed."""
+        self._guard(self._manager.check_for_errors)
+
+    def close(self) -> None:
+        """Waits for saves in the background."""
+        self._guard(self._manager.wait_until_finished)
+        self._manager.close()
+
+    def _guard(self, action) -> None:
+        try:
+            action()
+        except Exception as error:  # Orbax and TensorStore raise OSError, ValueError and their own for a full disk
+            steps = steps_in(self._folder)
+            kept = f"The last complete checkpoint is step {steps[-1]}" if steps else "There is no complete checkpoint yet"
+            reason = str(error).strip().splitlines()[0][:300] if str(error).strip() else type(error).__name__
+            raise UserError(f"A checkpoint could not be written to {self._folder}: {reason}. {kept}. Make room or choose another --workdir, then start again.") from error
+
+    def restore(self, abstract_state: TrainState, meta: dict) -> tuple[TrainState, int]:
+        """The latest checkpoint on the mesh of `abstract_state`, whatever mesh wrote it.
+
+        Args:
+          abstract_state: sharded jax.ShapeDtypeStructs; `frozen` is left empty.
+          meta: of this run: the checkpoint must be of the same model and adapters.
+
+        Returns:
+          The state, without the frozen base, and the number of the next row.
+
+        Raises:
+          UserError: the checkpoint belongs to another model.
+        """
+        step = self.latest_step()
+        check_same_model(read_meta(self._folder, step), meta, self._folder)
+        restored = self._manager.restore(
+            step,
+            args=ocp.args.Composite(
+                params=ocp.args.StandardRestore(abstract_state.params),
+                optimizer=ocp.args.StandardRestore({"step": abstract_state.step, "state": abstract_state.opt_state}),
+                data=ocp.args.JsonRestore(),
+            ),
+        )
+        optimizer = restored["optimizer"]
+        return TrainState(optimizer["step"], restored["params"], optimizer["state"], {}), restored["data"]["next_row"]
+
+
+def check_same_model(found: dict, wanted: dict, folder: pathlib.Path) -> None:
+    """Raises a UserError naming the settings in which a checkpoint's model differs from the run's."""
+    old, new = ModelConfig(**found["model"]).architecture(), ModelConfig(**wanted["model"]).architecture()
+    old["lora"], new["lora"] = (_lora(meta) for meta in (found, wanted))
+    differences = [f"{name} is {old[name]} in the checkpoint and {new[name]} here" for name in old if old[name] != new[name]]
+    if differences:
+        raise UserError(f"The checkpoint in {folder} is of another model: {'; '.join(differences)}. Use its config, or another --workdir to start afresh.")
+
+
+def _lora(meta: dict) -> Any:
+    settings = dict((meta["config"] or {}).get("lora") or {"rank": 0})
+    return {name: value for name, value in settings.items() if name != "base_dtype"} if settings["rank"] else "none"

@@ -1,0 +1,103 @@
+"""Where a run's numbers go: a progress line, metrics.jsonl, and TensorBoard when it is installed."""
+
+import json
+import math
+import pathlib
+import sys
+import time
+
+from refusion_jax.errors import UserError
+
+
+class Metrics:
+    """Appends records to FOLDER/metrics.jsonl, one history also across restarts, and to TensorBoard."""
+
+    def __init__(self, folder: pathlib.Path, step: int, enabled: bool = True):
+        """Drops records past `step`, left by a run that was cut off after its last checkpoint.
+
+        Raises:
+          UserError: the folder cannot be written.
+        """
+        self._file = self._board = None
+        if not enabled:
+            return
+        path = folder / "metrics.jsonl"
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            kept = [line for line in path.read_text().splitlines(keepends=True) if _step_of(line) <= step] if path.exists() else []
+            part = path.with_suffix(".part")
+            part.write_text("".join(kept))
+            part.replace(path)
+            self._file = path.open("a")
+        except OSError as error:
+            raise UserError(f"Cannot write {path}: {error.strerror or error}. Choose a --workdir that can be written and has room.") from None
+        try:
+            from tensorboardX import SummaryWriter
+
+            self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1 if step else None)
+        except ImportError:
+            pass
+
+    def write(self, step: int, kind: str, values: dict[str, float]) -> None:
+        """One record; `kind` is train or evaluation.
+
+        Raises:
+          UserError: the disk is full or gone.
+        """
+        if self._file is None:
+            return
+        try:
+            self._file.write(json.dumps({"step": step, "kind": kind, "time": time.time(), **values}) + "\n")
+            self._file.flush()
+            for name, value in values.items() if self._board else ():
+                self._board.add_scalar(f"{kind}/{name}", value, step)
+        except OSError as error:
+            raise UserError(f"Cannot write {self._file.name}: {error.strerror or error}. Make room, then start again with the same --workdir.") from None
+
+    def close(self) -> None:
+        for stream in (self._file, self._board):
+            if stream is not None:
+                stream.close()
+
+
+def _step_of(line: str) -> float:
+    try:
+        return json.loads(line)["step"]
+    except (json.JSONDecodeError, KeyError):  # a line cut off by a kill
+        return math.inf
+
+
+class Progress:
+    """The live line of a run: overwritten on a terminal, a line at a time elsewhere."""
+
+    def __init__(self, total: int, enabled: bool = True):
+        self._total, self._enabled = total, enabled
+        self._live = sys.stdout.isatty()
+
+    def show(self, step: int, values: dict[str, float], eta: float) -> None:
+        """Shows the step, the given values and the seconds left."""
+        if not self._enabled:
+            return
+        text = "  ".join([f"step {step}/{self._total}", *(f"{name} {_short(name, value)}" for name, value in values.items()), f"eta {_clock(eta)}"])
+        print(f"\r{text}\033[K" if self._live else text, end="" if self._live else "\n", flush=True)
+
+    def say(self, text: str) -> None:
+        """A line of its own."""
+        if self._enabled:
+            print(f"\r{text}\033[K" if self._live else text, flush=True)
+
+
+def _short(name: str, value: float) -> str:
+    if name in ("mfu", "padding", "input wait", "ar acc", "mdm acc"):
+        return f"{value:.1%}"
+    if abs(value) >= 1e4:
+        return f"{value:,.0f}"
+    return f"{value:.3g}" if name == "lr" else f"{value:.4f}" if abs(value) < 100 else f"{value:.0f}"
+
+
+def _clock(seconds: float) -> str:
+    if not math.isfinite(seconds):
+        return "?"
+    minutes, seconds = divmod(int(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{seconds:02}"
