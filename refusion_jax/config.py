@@ -312,20 +312,22 @@ def load_config(argument: str, overrides: dict[str, str] | None = None) -> Confi
         group = settings
         for part in groups:
             group = _item(group, part, name)
-        _item(group, last, name)
+        if not isinstance(group, dict):
+            _item(group, last, name)  # is there
         group[int(last) if isinstance(group, list) else last] = value
     return from_config_dict(settings)
 
 
 def _item(group: Any, part: str, name: str) -> Any:
     """`group[part]` of nested settings; tuples were made lists by ConfigDict.to_dict or are read-only."""
-    if isinstance(group, dict) and part in group:
+    if isinstance(group, dict):
+        group.setdefault(part, {})  # a group that the file leaves at its defaults; an unknown one is noticed later
         if isinstance(group[part], tuple):
             group[part] = list(group[part])
         return group[part]
     if isinstance(group, list) and part.isdigit() and int(part) < len(group):
         return group[int(part)]
-    known = ", ".join(sorted(group)) if isinstance(group, dict) else f"indices 0 to {len(group) - 1}" if isinstance(group, list) else "no settings"
+    known = f"indices 0 to {len(group) - 1}" if isinstance(group, list) else "no settings"
     raise UserError(f"Unknown setting config.{name}: there is no {part!r}; here are {known}.")
 
 
