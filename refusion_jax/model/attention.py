@@ -9,9 +9,12 @@ import functools
 import jax
 import jax.numpy as jnp
 from flax import struct
-from jax.ad_checkpoint import checkpoint_name  # noqa: F401  (named here once for every layer)
+from jax.ad_checkpoint import checkpoint_name
 
+from refusion_jax.model import flash
 from refusion_jax.model.cache import KVCache
+
+QUERY_CHUNK = 512  # queries whose scores exist at a time in the XLA implementation
 
 
 def masked_attention(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array) -> jax.Array:
@@ -33,22 +36,53 @@ def masked_attention(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array) 
     return jnp.einsum("BKGTS,BSKH->BTKGH", weights, v.astype(q.dtype)).reshape(q.shape)
 
 
-def causal_segment_mask(segment_ids: jax.Array) -> jax.Array:
-    """[batch, length] segment ids (0: padding) -> [batch, query, key] mask: same segment, not later in the buffer."""
-    same = segment_ids[:, :, None] == segment_ids[:, None, :]
-    length = segment_ids.shape[1]
-    return same & jnp.tri(length, dtype=bool)
+def segment_attention(q: jax.Array, k: jax.Array, v: jax.Array, segment_ids: jax.Array) -> jax.Array:
+    """Causal attention within segments in plain XLA, `QUERY_CHUNK` queries at a time, forward and backward.
+
+    Args:
+      q: [batch, length, heads, head_dim].
+      k, v: [batch, length, kv_heads, head_dim].
+      segment_ids: [batch, length]; a token sees its own segment only, nothing later in the buffer.
+
+    Returns:
+      [batch, length, heads, head_dim] in q's dtype.
+    """
+    length = q.shape[1]
+    index = jnp.arange(length)
+
+    def attend(q: jax.Array, segments: jax.Array, rows: jax.Array) -> jax.Array:
+        mask = (segments[:, :, None] == segment_ids[:, None, :]) & (rows[:, None] >= index)
+        return masked_attention(q, k, v, mask)
+
+    if length <= QUERY_CHUNK:
+        return attend(q, segment_ids, index)
+    chunks = -(-length // QUERY_CHUNK)
+    pad = chunks * QUERY_CHUNK - length
+
+    def split(x: jax.Array, axis: int) -> jax.Array:  # [.., length, ..] -> [chunks, .., QUERY_CHUNK, ..]
+        x = jnp.pad(x, [(0, pad if a == axis else 0) for a in range(x.ndim)])
+        return jnp.moveaxis(x.reshape(*x.shape[:axis], chunks, QUERY_CHUNK, *x.shape[axis + 1 :]), axis, 0)
+
+    out = jax.lax.map(lambda chunk: jax.checkpoint(attend)(*chunk), (split(q, 1), split(segment_ids, 1), split(index, 0)))
+    return jnp.moveaxis(out, 0, 1).reshape(q.shape[0], chunks * QUERY_CHUNK, *q.shape[2:])[:, :length]
 
 
 @struct.dataclass
 class SegmentAttention:
-    """Causal attention within the segments of each row, by the named implementation."""
+    """Causal attention within the segments of each row, by the named implementation (`flash.choose` for "auto")."""
 
     segment_ids: jax.Array  # [batch, length]
-    implementation: str = struct.field(pytree_node=False, default="xla")
+    implementation: str = struct.field(pytree_node=False, default="auto")
 
     def attend(self, q, k, v):
-        return masked_attention(q, k, v, causal_segment_mask(self.segment_ids)), self
+        """q [B, T, N, H], k and v [B, T, K, H] -> ([B, T, N, H] under the checkpoint name "attended", self)."""
+        platform, kind = flash.platform()
+        name = flash.choose(self.implementation, platform, kind, q.shape[1], q.shape[3], q.dtype.name)
+        if name == "splash":
+            kernel = functools.partial(flash.splash, interpret=platform == "cpu")
+            return flash.per_device(kernel, q, k, v, self.segment_ids), self
+        attention = functools.partial(flash.per_device, flash.cudnn) if name == "cudnn" else segment_attention
+        return checkpoint_name(attention(q, k, v, self.segment_ids), "attended"), self
 
 
 @struct.dataclass

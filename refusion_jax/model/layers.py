@@ -7,8 +7,8 @@ heads, H head_dim, F mlp, L layers, V vocabulary.
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
+from jax.ad_checkpoint import checkpoint_name
 
-from refusion_jax.model import attention
 from refusion_jax.model.config import ModelConfig
 
 
@@ -93,9 +93,8 @@ class Attention(nn.Module):
         q = nn.with_logical_constraint(q, ("batch", "length", "heads", "head_dim"))
         keys = nn.with_logical_constraint(keys, ("batch", "length", "kv_heads", "head_dim"))
         values = nn.with_logical_constraint(project(value), ("batch", "length", "kv_heads", "head_dim"))
-        q, keys, values = (attention.checkpoint_name(a, "qkv") for a in (q, keys, values))
+        q, keys, values = (checkpoint_name(a, "qkv") for a in (q, keys, values))
         out, context = context.attend(q, keys, values)
-        out = attention.checkpoint_name(out, "attended")
         return jnp.einsum("BTNH,NHD->BTD", out, output.astype(x.dtype)), context
 
 

@@ -1,0 +1,103 @@
+"""Attention kernels that never hold the scores: splash attention on TPU, cuDNN flash attention on GPU.
+
+Both are exact for packed rows: causal in buffer order, inside a segment. They work on the heads and rows of one device,
+so under a mesh they run in a `shard_map`.
+"""
+
+import functools
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+from jax.experimental.pallas.ops.tpu import splash_attention
+
+from refusion_jax.errors import UserError
+
+LANES = 128  # splash works on multiples of a TPU vector register's width
+BLOCK = 512  # largest tile of queries or keys in splash
+
+
+def platform() -> tuple[str, str]:
+    """("tpu", "TPU v5p") and the like: where the program being traced will run, which is the mesh's device if there is one.
+
+    A program may be compiled for a TPU topology on a machine that has none, so the default backend does not tell.
+    """
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    if device is not None and device.platform:
+        return device.platform, device.device_kind
+    return jax.default_backend(), jax.devices()[0].device_kind
+
+
+@functools.cache
+def choose(implementation: str, platform: str, kind: str, length: int, head_dim: int, dtype: str) -> str:
+    """Name of the implementation to use: the one asked for, or for "auto" the fastest that the device and shapes allow.
+
+    Says once per choice what "auto" became.
+
+    Raises:
+      UserError: an implementation was named that cannot run with this device or these shapes.
+    """
+    splash = None if length % LANES == 0 and head_dim % LANES == 0 else f"length {length} and head_dim {head_dim} to be multiples of {LANES}"
+    cudnn = None if dtype in ("bfloat16", "float16") and head_dim % 8 == 0 and head_dim <= 128 else "bfloat16 and a head_dim that is a multiple of 8, at most 128"
+    if platform in ("cuda", "rocm"):
+        platform = "gpu"
+    if implementation == "auto":
+        # cuDNN loses to XLA's fused kernels on short rows.
+        chosen = "splash" if platform == "tpu" and not splash else "cudnn" if platform == "gpu" and not cudnn and length >= 1024 else "xla"
+        if jax.process_index() == 0:
+            print(f"attention: {chosen} (auto; {kind}, length {length}, head_dim {head_dim}, {dtype})", flush=True)
+        return chosen
+    # On a CPU splash runs interpreted, for tests.
+    needs = {"xla": None, "splash": splash if platform in ("tpu", "cpu") else "a TPU", "cudnn": cudnn if platform == "gpu" else "an NVIDIA GPU"}
+    if needs[implementation]:
+        raise UserError(f"model.attention = {implementation!r} needs {needs[implementation]} (this is {kind}, {dtype}). Use model.attention = 'auto' or 'xla'.")
+    return implementation
+
+
+def per_device(attention: Callable, q: jax.Array, k: jax.Array, v: jax.Array, segment_ids: jax.Array) -> jax.Array:
+    """Runs `attention` on each device's own rows and heads; arguments as in `splash`."""
+    if jax.sharding.get_abstract_mesh().empty:
+        return attention(q, k, v, segment_ids)
+    queries, keys, rows = (
+        nn.logical_to_mesh_axes(axes)
+        for axes in (("batch", "length", "heads", "head_dim"), ("batch", "length", "kv_heads", "head_dim"), ("batch", "length"))
+    )
+    return jax.shard_map(attention, in_specs=(queries, keys, keys, rows), out_specs=queries, check_vma=False)(q, k, v, segment_ids)
+
+
+def splash(q: jax.Array, k: jax.Array, v: jax.Array, segment_ids: jax.Array, *, interpret: bool = False) -> jax.Array:
+    """TPU splash attention.
+
+    Args:
+      q: [batch, length, heads, head_dim].
+      k, v: [batch, length, kv_heads, head_dim].
+      segment_ids: [batch, length].
+      interpret: run the kernel's program with XLA on any device, for tests.
+
+    Returns:
+      [batch, length, heads, head_dim]. The output and the softmax's normaliser carry the checkpoint name "attended", so
+      that a remat policy which keeps it does not run the kernel again in the backward pass.
+    """
+    length, heads, dim = q.shape[1:]
+    block = next(b for b in (BLOCK, BLOCK // 2, LANES) if length % b == 0)
+    kernel = splash_attention.make_splash_mha(
+        splash_attention.MultiHeadMask([splash_attention.CausalMask((length, length))] * heads),
+        block_sizes=splash_attention.BlockSizes(
+            block_q=block, block_kv=block, block_q_dkv=block, block_kv_dkv=block, block_q_dq=block, block_kv_dq=block
+        ),
+        head_shards=1,
+        q_seq_shards=1,
+        residual_checkpoint_name="attended",
+        interpret=interpret,
+    )  # fmt: skip
+    heads_first = lambda x: jnp.swapaxes(x, 1, 2)
+    ids = splash_attention.SegmentIds(q=segment_ids, kv=segment_ids)
+    out = jax.vmap(kernel)(heads_first(q) * jnp.asarray(dim**-0.5, q.dtype), heads_first(k), heads_first(v), ids)
+    return heads_first(out)
+
+
+def cudnn(q: jax.Array, k: jax.Array, v: jax.Array, segment_ids: jax.Array) -> jax.Array:
+    """cuDNN flash attention; arguments as in `splash`. The segments go in as a [batch, 1, query, key] mask."""
+    same = segment_ids[:, None, :, None] == segment_ids[:, None, None, :]
+    return jax.nn.dot_product_attention(q, k, v, mask=same, is_causal=True, implementation="cudnn")
