@@ -15,14 +15,14 @@ def get_config(argument: str = "") -> ConfigDict:
         vocab_size=320, hidden_size=128, intermediate_size=384, num_layers=4, num_heads=4, num_kv_heads=2, head_dim=32,
         tie_embeddings=True, rope_theta=10000.0, max_position_embeddings=512,
     )  # fmt: skip
-    task = dict(kind="procedural", path="spell_backward", options=(("min_word_len", 3), ("max_word_len", 8)))
+    task = dict(kind="procedural", path="spell_backward", size=20000, options=(("min_word_len", 3), ("max_word_len", 8)))
     return ConfigDict(
         dict(
             model=model_settings(model, logical_vocab_size=0),
             data=dict(
                 tokenizer="bytes",
-                train=[dict(task, size=20000, seed=1)],
-                evaluation=[dict(task, size=200, seed=2)],
+                train=[dict(task, stop=0.98)],
+                evaluation=[dict(task, start=0.98)],  # a part, not another seed: its prompts are never trained on
                 max_length=256,
             ),
             objective=dict(slot_sizes=(4, 8), mdm_weight_cap=10.0),
