@@ -63,7 +63,7 @@ def test_companions_are_random():
 
 
 def test_padding_of_the_released_sample(test_data):
-    """At most 3 % padding at 4096 on lengths like those of the authors' sample, and the least possible number of rows on the sample itself."""
+    """At most 3 % padding at 4096 on lengths like the authors' sample's, and the least possible number of rows on the sample."""
     tokenizer = load_tokenizer(str(test_data / "tokenizers" / "qwen3"))
     records = json.loads((test_data / "data" / "query_response_100.json").read_text())
     sample = np.array([len(ids) for ids, _ in example_ids(tokenizer, [(r["query"], r["response"]) for r in records])])
@@ -75,6 +75,13 @@ def test_padding_of_the_released_sample(test_data):
         padding = 1 - lengths.sum() / (4096 * len(plan))
         print(f"{count} examples of {lengths.mean():.0f} tokens: {len(plan)} rows, {padding:.2%} padding")
         assert padding <= 0.03
+
+
+def test_rows_come_in_random_order():
+    lengths = np.arange(1, 101)
+    plans = [pack(lengths, 200, 50, rng(seed)) for seed in range(20)]
+    row_of_longest = {next(r for r in range(len(plan)) if 99 in plan[r]) for plan in plans}
+    assert len(row_of_longest) > 8
 
 
 @pytest.mark.parametrize("low, high, max_length", [(4, 40, 512), (200, 900, 4096), (30, 60, 64)])

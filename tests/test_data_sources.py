@@ -145,7 +145,8 @@ def test_parts_are_disjoint_in_prompts_and_cover_the_source():
 
 
 BAD_RECORDS = {
-    "missing field": ([{"query": "a", "response": "b"}, {"query": "a", "answer": "b"}], r"record 1 .*no field 'response'; its fields are 'query', 'answer'"),
+    "missing field": ([{"query": "a", "response": "b"}, {"query": "a", "answer": "b"}],
+                      r"record 1 .*no field 'response'; its fields are 'query', 'answer'"),
     "empty response": ([{"query": "a", "response": " \n"}], r"record 0 .*response.*is empty"),
     "wrong type": ([{"query": "a", "response": 5}], r"record 0 .*'response' is 5, a int"),
     "no text": ([{"query": None, "response": "b"}], r"record 0 .*'query' is None, a NoneType"),

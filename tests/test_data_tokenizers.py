@@ -7,7 +7,8 @@ import pytest
 from refusion_jax.data.tokenizers import check_tokenizer, load_tokenizer
 from refusion_jax.errors import UserError
 
-TEXTS = ["", "hello", "  two  spaces, then a comma . ' s", "Größe 世界 🙂\n\ttab", "a <|mask|> and <|im_end|> in text", "1234 + 5 = 1239"]
+TEXTS = ["", "hello", "  two  spaces, then a comma . ' s", "Größe 世界 🙂\n\ttab", "a <|mask|> and <|im_end|> in text",
+         "1234 + 5 = 1239"]
 
 
 @pytest.fixture(scope="module")

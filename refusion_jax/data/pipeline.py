@@ -1,7 +1,7 @@
 """Packed rows by number, and batches of them.
 
-Row number i means the same tokens in every process, whatever the number of processes, devices or microbatches: the whole state of the data is the
-number of the next row.
+Row number i means the same tokens in every process, whatever the number of processes, devices or microbatches: the whole state
+of the data is the number of the next row.
 """
 
 import bisect
@@ -73,8 +73,9 @@ class Part:
 class Rows:
     """Packed rows of all sources: `rows[i]` for any i >= 0, epoch after epoch. Made by `load_rows`.
 
-    A row is a dict: tokens int32 [length], examples end to end from index 0, then padding; prompt_lengths and lengths int32 [examples] (0: no
-    example); example_ids uint32 [examples], the number of this pass over this example, which does not depend on where it is packed.
+    A row is a dict: tokens int32 [length], examples end to end from index 0, then padding; prompt_lengths and lengths int32
+    [examples] (0: no example); example_ids uint32 [examples], the number of this pass over this example, which does not depend on
+    where it is packed.
 
     In an epoch every kept example of a source with weight 1 comes once. Weight w means w passes per epoch: with 0.5 the epochs take
     halves of one random order in turn, with 2 every example comes twice.
@@ -84,6 +85,7 @@ class Rows:
         self._parts, self._seed, self._shuffle, self._pad_id = parts, seed, shuffle, pad_id
         self._base = np.cumsum([0, *(len(part.cache) for part in parts)])  # of each source in the numbering of all examples
         self._lengths = np.concatenate([part.cache.lengths for part in parts])
+        self._prompt_lengths = np.concatenate([part.cache.prompt_lengths for part in parts])
         self.max_length = max_length
         kept = np.concatenate([part.cache.lengths[part.kept] for part in parts])
         self.max_examples_per_row = max_examples_per_row or examples_per_row(kept, max_length)
@@ -107,18 +109,18 @@ class Rows:
     def __getitem__(self, i: int) -> Batch:
         epoch, row = self.locate(int(i))
         plan, examples, passes = self._plan(epoch)
+        at = plan[row]
+        numbers, count = examples[at], len(at)
         result = self.empty_row()
+        result["lengths"][:count] = self._lengths[numbers]
+        result["prompt_lengths"][:count] = self._prompt_lengths[numbers]
+        result["example_ids"][:count] = (passes[at] * self._base[-1] + numbers) % 2**32
         end = 0
-        for n, at in enumerate(plan[row]):
-            number = examples[at]
-            source = int(np.searchsorted(self._base, number, side="right")) - 1
-            cache, local = self._parts[source].cache, number - self._base[source]
-            length = self._lengths[number]
-            result["tokens"][end : end + length] = cache.tokens[cache.offsets[local] : cache.offsets[local] + length]
-            result["prompt_lengths"][n] = cache.prompt_lengths[local]
-            result["lengths"][n] = length
-            result["example_ids"][n] = (int(passes[at]) * int(self._base[-1]) + int(number)) % 2**32
-            end += length
+        for number, source in zip(numbers, np.searchsorted(self._base, numbers, side="right") - 1):
+            cache = self._parts[source].cache
+            first, last = cache.offsets[number - self._base[source]], cache.offsets[number - self._base[source] + 1]
+            result["tokens"][end : end + last - first] = cache.tokens[first:last]
+            end += last - first
         return result
 
     def empty_row(self) -> Batch:
@@ -202,16 +204,18 @@ def load_rows(sources: Sequence[SourceConfig], tokenizer: Tokenizer, *, max_leng
         part = np.flatnonzero(in_part(cache.hashes, config.start, config.stop))
         kept = part[cache.lengths[part] <= max_length]
         if not len(part):
-            raise UserError(f"data source {source.name!r}: none of its {len(cache):,} examples falls in the part from start = {config.start} to "
-                            f"stop = {config.stop}. Widen the part, or give a larger source.")
+            raise UserError(f"data source {source.name!r}: none of its {len(cache):,} examples falls in the part from start = "
+                            f"{config.start} to stop = {config.stop}. Widen the part, or give a larger source.")
         if not len(kept):
-            raise UserError(f"data source {source.name!r}: max_length is {max_length}, but its shortest example has {cache.lengths[part].min()} "
-                            "tokens, so every example would be dropped. Set data.max_length to at least that, better far more.")
+            raise UserError(f"data source {source.name!r}: max_length is {max_length}, but its shortest example has "
+                            f"{cache.lengths[part].min()} tokens, so every example would be dropped. Set data.max_length to at least "
+                            "that, better far more.")
         if len(kept) * config.weight < 1:
-            raise UserError(f"data source {source.name!r}: weight = {config.weight} of {len(kept)} examples is less than one example per epoch. "
-                            "Raise the weight.")
+            raise UserError(f"data source {source.name!r}: weight = {config.weight} of {len(kept)} examples is less than one example per "
+                            "epoch. Raise the weight.")
         parts.append(Part(source.name, cache, kept, len(part) - len(kept), config.weight))
-    return Rows(parts, max_length=max_length, max_examples_per_row=max_examples_per_row, seed=seed, shuffle=shuffle, pad_id=tokenizer.pad_id)
+    return Rows(parts, max_length=max_length, max_examples_per_row=max_examples_per_row, seed=seed, shuffle=shuffle,
+                pad_id=tokenizer.pad_id)
 
 
 def batches(rows: Rows, *, batch_size: int, local_rows: Sequence[int] | np.ndarray, start_row: int = 0) -> Iterator[Batch]:
@@ -233,7 +237,7 @@ def batches(rows: Rows, *, batch_size: int, local_rows: Sequence[int] | np.ndarr
         return _stack([rows[start_row + n * batch_size + i] for i in local_rows])
 
     dataset = grain.MapDataset.range(2**48 // batch_size).map(batch)
-    return iter(dataset.to_iter_dataset(grain.ReadOptions(num_threads=4, prefetch_buffer_size=8)))
+    return iter(dataset.to_iter_dataset(grain.ReadOptions(num_threads=2, prefetch_buffer_size=8)))
 
 
 def epoch_batches(rows: Rows, *, batch_size: int, local_rows: Sequence[int] | np.ndarray) -> Iterator[Batch]:

@@ -132,7 +132,8 @@ class FileSource(Source):
             found = [path] if os.path.exists(path) else sorted(p for p in glob.glob(path, recursive=True) if os.path.isfile(p))
             expected = "there is no such file"
         if not found:
-            raise UserError(f"data source {self.name!r} is missing: {expected}. Give a file, a glob or a folder (relative to {os.getcwd()!r}).")
+            raise UserError(f"data source {self.name!r} is missing: {expected}. Give a file, a glob or a folder (relative to "
+                            f"{os.getcwd()!r}).")
         return found
 
     def _content_key(self):
@@ -162,8 +163,8 @@ class JsonSource(FileSource):
                 with open(path, encoding="utf-8-sig") as file:
                     content = json.load(file)
             except json.JSONDecodeError as error:
-                raise UserError(f"{path}, line {error.lineno}, column {error.colno}: malformed JSON ({error.msg}). The file must be one list "
-                                "of objects; for one object per line use the kind 'jsonl'.") from error
+                raise UserError(f"{path}, line {error.lineno}, column {error.colno}: malformed JSON ({error.msg}). The file must "
+                                "be one list of objects; for one object per line use the kind 'jsonl'.") from error
             except UnicodeDecodeError as error:
                 raise UserError(f"{path} is not UTF-8 text ({error}). Convert it to UTF-8.") from error
             if not isinstance(content, list):
@@ -201,7 +202,8 @@ class JsonLinesSource(FileSource):
         try:
             record = json.loads(self._files[file][start:stop].decode("utf-8"))
         except json.JSONDecodeError as error:
-            raise UserError(f"{self._place(i)}, column {error.colno}: malformed JSON ({error.msg}). Every line must be one JSON object.") from error
+            raise UserError(f"{self._place(i)}, column {error.colno}: malformed JSON ({error.msg}). Every line must "
+                            "be one JSON object.") from error
         except UnicodeDecodeError as error:
             raise UserError(f"{self._place(i)} is not UTF-8 text ({error}). Convert the file to UTF-8.") from error
         return self._from_fields(record, self._place(i))
@@ -291,7 +293,7 @@ class ArrayRecordSource(FileSource):
 
 
 class TfdsSource(Source):
-    """A TFDS data set by name (prepared on first use) or by the folder of a prepared one. The option `data_dir` says where sets are kept."""
+    """A TFDS data set by name (prepared on first use) or by a prepared one's folder. The option `data_dir` says where sets are kept."""
 
     @functools.cached_property
     def _builder(self):
@@ -303,8 +305,8 @@ class TfdsSource(Source):
         path = os.path.expanduser(self.config.path)
         if os.path.isdir(path):
             if not os.path.exists(os.path.join(path, "dataset_info.json")):
-                raise UserError(f"the folder {self.config.path!r} is not a prepared TFDS data set (no dataset_info.json). Give the folder of a "
-                                "version, such as 'DIR/my_dataset/1.0.0', or a data set's name with the option data_dir.")
+                raise UserError(f"the folder {self.config.path!r} is not a prepared TFDS data set (no dataset_info.json). Give "
+                                "the folder of a version, such as 'DIR/my_dataset/1.0.0', or a data set's name with the option data_dir.")
             return tfds.builder_from_directory(path)
         try:
             builder = tfds.builder(self.config.path, file_format="array_record", **dict(self.config.options))

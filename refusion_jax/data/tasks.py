@@ -41,7 +41,7 @@ class Task:
             self._data = reasoning_gym.create_dataset(name, size=size, seed=seed, **options)
         except (TypeError, AssertionError, ValueError) as error:
             raise UserError(f"reasoning-gym cannot make the task {name!r} with options {dict(options)}: {error}. Use one of its data set "
-                            "names (basic_arithmetic, chain_sum, spell_backward, gsm_symbolic, ...) and that data set's options.") from error
+                            "names (basic_arithmetic, chain_sum, spell_backward, gsm_symbolic, ...) and that set's options.") from error
         self._size = size
 
     def __len__(self) -> int:

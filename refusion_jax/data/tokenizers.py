@@ -158,7 +158,8 @@ def load_tokenizer(spec: str) -> Tokenizer:
     try:
         from transformers import AutoTokenizer
     except ImportError as error:
-        raise UserError(f"tokenizer {spec!r} needs the transformers library ({error}). Install it: pip install 'refusion_jax[hf]'.") from error
+        raise UserError(f"tokenizer {spec!r} needs the transformers library ({error}). Install it: "
+                        "pip install 'refusion_jax[hf]'.") from error
     try:
         tokenizer = AutoTokenizer.from_pretrained(str(folder) if folder.is_dir() else spec)
     except Exception as error:  # OSError, ValueError or one of the hub's own, depending on what is wrong
