@@ -1,0 +1,7 @@
+"""Qwen3-4B fine-tuned with the authors' recipe; arguments as in refusion_jax/recipe.py."""
+
+from refusion_jax.recipe import recipe
+
+
+def get_config(argument: str = ""):
+    return recipe("4b", argument, mesh=dict(data=1, fsdp=-1, tensor=1))

@@ -1,0 +1,134 @@
+"""Compares this implementation with reference data: `python tools/check_reference.py DIR`.
+
+DIR holds `model/` (Hugging Face layout) and, beside it, any of `logits.npz`, `losses.npz`, `decode.jsonl`. Prints one line
+per kind and every mismatch with its size; exits with 1 if anything differs. --checkpoint takes the parameters from
+elsewhere, a converted checkpoint say, and --mesh restores them onto several devices.
+"""
+
+import argparse
+import dataclasses
+import math
+import pathlib
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from refusion_jax.checkpoint import load
+from refusion_jax.config import ObjectiveConfig
+from refusion_jax.errors import UserError, run_main
+from refusion_jax.model.config import ModelConfig
+from refusion_jax.model.qwen3 import Qwen3, logits, output_table
+from refusion_jax.objective.losses import numerator, token_loss
+from refusion_jax.objective.slots import Denoising, loss_terms
+from refusion_jax.parallel import sharding
+from refusion_jax.parallel.mesh import make_mesh
+
+LOGITS_TOLERANCE = 2e-4  # max abs difference
+LOSS_TOLERANCE = 1e-5  # relative
+GRADIENT_TOLERANCE = 1e-4  # relative, of the global norm
+
+
+def differs(name: str, ours: float, theirs: float, relative: float) -> list[str]:
+    """One line when two numbers differ by more than `relative`."""
+    error = abs(ours - theirs) / max(abs(theirs), 1e-12)
+    return [] if error <= relative else [f"{name}: {ours:.8g}, reference {theirs:.8g}, relative difference {error:.2e}"]
+
+
+def check_logits(config: ModelConfig, params: dict, path: pathlib.Path) -> tuple[int, int, list[str]]:
+    """(cases, equal ones, mismatches): natural and permuted position order."""
+    data = np.load(path)
+    forward = jax.jit(lambda p, tokens, positions: logits(config, p, Qwen3(config).apply({"params": p}, tokens, positions)))
+    problems = []
+    kinds = [("positions", "logits"), ("permuted_positions", "logits_permuted")]
+    for positions, name in kinds:
+        ours = np.asarray(forward(params, data["tokens"], data[positions]))[:, data["rows"]]
+        error = np.abs(ours - data[name]).max()
+        if not error <= LOGITS_TOLERANCE:
+            problems.append(f"{name}: max abs difference {error:.2e}")
+    return len(kinds), len(kinds) - len(problems), problems
+
+
+def reference_inputs(config: ModelConfig, batch: dict[str, np.ndarray]) -> Denoising:
+    """A recorded corrupted batch, with terms weighted as in training (one example per row, padded at the end)."""
+    labels, masked = batch["labels"], batch["masked"].astype(bool)
+    row = lambda name: jnp.broadcast_to(jnp.asarray(batch[name])[:, None], labels.shape)
+    segments = jnp.asarray(batch["attention_mask"], jnp.int32)
+    return Denoising(
+        tokens=jnp.asarray(batch["corrupted"], jnp.int32),
+        positions=jnp.asarray(batch["positions"], jnp.int32),
+        segment_ids=segments,
+        targets=jnp.maximum(jnp.asarray(labels, jnp.int32), 0),
+        terms=loss_terms(
+            ar=(labels >= 0) & ~masked, mdm=(labels >= 0) & masked, q=row("mask_prob"), response_length=row("response_length"),
+            segment_ids=segments, examples=len(labels), config=ObjectiveConfig(),
+        ),
+    )  # fmt: skip
+
+
+def check_losses(config: ModelConfig, params: dict, path: pathlib.Path) -> tuple[int, int, list[str]]:
+    """(batches, equal ones, mismatches): both terms, the global gradient norm and the logits of the first row."""
+
+    @jax.jit
+    def loss(params: dict, inputs: Denoising):
+        def total(params: dict):
+            hidden = Qwen3(config).apply({"params": params}, inputs.tokens, inputs.positions, inputs.segment_ids)
+            losses = token_loss(hidden, output_table(params), inputs.targets, logical_vocab_size=config.logical_vocab_size, chunk=64)
+            means = {name: numerator(term, losses.cross_entropy) / jnp.maximum(term.denominator, 1) for name, term in inputs.terms.items()}
+            return means["ar"] + means["mdm"], (means, logits(config, params, hidden[:1]))
+
+        (value, (means, first)), grads = jax.value_and_grad(total, has_aux=True)(params)
+        norm = jnp.sqrt(sum(jnp.sum(g**2) for g in jax.tree.leaves(grads)))
+        return {"loss": value, "ar_loss": means["ar"], "mdm_loss": means["mdm"], "grad_norm": norm}, first[0]
+
+    data = np.load(path)
+    batches = sorted({name.split("/")[0] for name in data.files}, key=lambda name: int(name.removeprefix("batch")))
+    equal, problems = 0, []
+    for name in batches:
+        batch = {key.split("/")[1]: data[key] for key in data.files if key.startswith(f"{name}/")}
+        ours, first = loss(params, reference_inputs(config, batch))
+        found = []
+        for key, value in ours.items():
+            tolerance = GRADIENT_TOLERANCE if key == "grad_norm" else LOSS_TOLERANCE
+            found += differs(f"{name} {key}", float(value), float(batch[key]), tolerance)
+        real = batch["attention_mask"][0].astype(bool)
+        error = np.abs(np.asarray(first) - batch["logits_row0"])[real].max()
+        if not error <= LOGITS_TOLERANCE:
+            found.append(f"{name} logits_row0: max abs difference {error:.2e}")
+        equal += not found
+        problems += found
+    return len(batches), equal, problems
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=pathlib.Path, metavar="DIR")
+    parser.add_argument("--checkpoint", type=pathlib.Path, help="take the parameters from here instead of DIR/model")
+    parser.add_argument("--mesh", default="1,1,1", help="data,fsdp,tensor")
+    arguments = parser.parse_args()
+    folder = arguments.folder
+    if not (folder / "model").is_dir():
+        raise UserError(f"{folder} has no folder 'model' beside its reference data; give a folder in the layout of tests/reference/tiny.")
+    source = arguments.checkpoint or folder / "model"
+    config = dataclasses.replace(load.load_model_config(source), dtype="float32", attention="xla")
+    shape = [int(size) for size in arguments.mesh.split(",")]
+    mesh = make_mesh(*shape, devices=jax.devices()[: math.prod(shape)])
+    params = load.load_params(source, config, mesh, sharding.DECODE_RULES, dtype="float32")
+
+    kinds = {"logits.npz": check_logits, "losses.npz": check_losses}
+    present = [name for name in kinds if (folder / name).exists()]
+    if not present:
+        raise UserError(f"{folder} holds none of {', '.join(kinds)}; there is nothing to compare with.")
+    failed = False
+    for name in present:
+        with sharding.use(mesh, sharding.DECODE_RULES):
+            cases, equal, problems = kinds[name](config, params, folder / name)
+        print(f"{pathlib.Path(name).stem} {equal}/{cases}")
+        print("".join(f"  {line}\n" for line in problems), end="")
+        failed |= equal < cases
+    sys.exit(1 if failed else 0)
+
+
+if __name__ == "__main__":
+    run_main(main)
