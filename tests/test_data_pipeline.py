@@ -204,4 +204,4 @@ def test_configs_hold_out_their_evaluation_tasks(name, repository):
     for held_out in data.evaluation:
         for source in data.train:
             same_stream = all(held_out.get(k) == source.get(k) for k in ("kind", "path", "size", "seed", "options"))
-            assert same_stream and source.stop <= held_out.start
+            assert same_stream and source["stop"] <= held_out["start"]

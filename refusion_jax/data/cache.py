@@ -149,10 +149,10 @@ def _build(source: Source, tokenizer: Tokenizer, folder: pathlib.Path) -> None:
         for path in (*files.values(), unfinished / "meta.json"):
             with open(path, "rb") as file:
                 os.fsync(file.fileno())  # the move below must not reach the disk before the content
+        if folder.exists() and _read(folder) is None:
+            shutil.rmtree(folder)
         try:
-            if _read(folder) is None:
-                shutil.rmtree(folder, ignore_errors=True)
-                os.rename(unfinished, folder)
+            os.rename(unfinished, folder)
         except OSError:
             if _read(folder) is None:  # not because another process was faster
                 raise
