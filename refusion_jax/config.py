@@ -37,11 +37,13 @@ class SourceConfig:
       kind: json (list of records), jsonl, parquet, array_record (JSON records), tfds, text (plain text for
         pretraining) or procedural (a reasoning-gym task).
       path: file, glob or folder; for tfds the data set's name or folder; for procedural the task's name.
-      weight: share of this source in the mixture, relative to the others' weights.
-      query_field, response_field: fields of a record.
+      weight: passes over this source per epoch; with 0.5 the epochs take halves in turn.
+      query_field, response_field: fields of a record; no query_field: the response is a plain document.
       split: split of a tfds data set.
-      start, stop: the part of the source to use, as fractions of it; so that a held-out part can be kept away.
-      size, seed, options: of a procedural task: number of examples, seed, parameters of the task.
+      start, stop: the part of the source to use, as fractions of it. The split goes by a hash of the prompt, so no prompt
+        is on two sides of a cut: give training and evaluation parts of the same source.
+      size, seed, options: of a procedural task: number of examples, seed, parameters of the task. Other options: separator
+        (text: what stands between documents) and data_dir (tfds).
     """
 
     kind: str
