@@ -14,25 +14,29 @@ class Chip:
 
     Attributes:
       peak_flops: dense bfloat16 matrix operations per second.
-      memory: bytes of device memory.
+      memory: bytes of device memory that a program may use (TPU: what the compiler allows).
       bandwidth: bytes per second of device memory.
+      link: bytes per second and direction of one link to a neighbour (TPU), or of all links inside a machine (GPU).
+      network: bytes per second to devices of other slices or machines.
     """
 
     peak_flops: float
     memory: float
     bandwidth: float
+    link: float
+    network: float
 
 
-# By jax.Device.device_kind. A TPU7x chip is two devices.
+# By jax.Device.device_kind. A TPU7x chip is two devices, which share its links.
 CHIPS = {
-    "TPU v4": Chip(275e12, 32e9, 1.2e12),
-    "TPU v5 lite": Chip(197e12, 16e9, 0.82e12),
-    "TPU v5": Chip(459e12, 95e9, 2.77e12),
-    "TPU v6 lite": Chip(918e12, 32e9, 1.64e12),
-    "TPU7x": Chip(1153.5e12, 96e9, 3.69e12),
-    "NVIDIA A100-SXM4-80GB": Chip(312e12, 80e9, 2.04e12),
-    "NVIDIA H100 80GB HBM3": Chip(989e12, 80e9, 3.35e12),
-    "NVIDIA H200": Chip(989e12, 141e9, 4.8e12),
+    "TPU v4": Chip(275e12, 30.75 * 2**30, 1.2e12, 45e9, 3.1e9),
+    "TPU v5 lite": Chip(197e12, 15.75 * 2**30, 0.82e12, 45e9, 3.1e9),
+    "TPU v5": Chip(459e12, 95.74 * 2**30, 2.77e12, 90e9, 6.2e9),
+    "TPU v6 lite": Chip(918e12, 31.25 * 2**30, 1.64e12, 90e9, 12.5e9),
+    "TPU7x": Chip(1153.5e12, 94.75 * 2**30, 3.69e12, 50e9, 6.2e9),
+    "NVIDIA A100-SXM4-80GB": Chip(312e12, 80e9, 2.04e12, 300e9, 25e9),
+    "NVIDIA H100 80GB HBM3": Chip(989e12, 80e9, 3.35e12, 450e9, 50e9),
+    "NVIDIA H200": Chip(989e12, 141e9, 4.8e12, 450e9, 50e9),
 }
 
 
@@ -52,3 +56,14 @@ def train_flops(config: ModelConfig, tokens: float, token_pairs: float) -> float
       token_pairs: (query, key) pairs that attend: the sum over examples of n (n + 1) / 2.
     """
     return 6 * matmul_params(config) * tokens + 12 * config.num_layers * config.num_heads * config.head_dim * token_pairs
+
+
+def recomputed_flops(config: ModelConfig, tokens: float, token_pairs: float) -> float:
+    """Operations that a training step does a second time: the loss's logits, and what `config.remat` does not keep."""
+    d, f, n, h = config.hidden_size, config.intermediate_size, config.num_heads, config.head_dim
+    head = 2 * config.vocab_size * d * tokens
+    attention = 4 * config.num_layers * n * h * token_pairs
+    layers = 2 * (matmul_params(config) - config.vocab_size * d) * tokens
+    down = 2 * config.num_layers * d * f * tokens  # a layer's last matrix: its product is nobody's input again
+    projections = 2 * config.num_layers * (d * n * h + 2 * d * config.num_kv_heads * h) * tokens
+    return head + {"none": 0, "minimal": layers - down - projections, "full": layers - down + attention}[config.remat]

@@ -1,0 +1,87 @@
+"""A lower bound of a step's time: compute, device memory and interconnect, each at its data-sheet rate and fully overlapped."""
+
+import math
+
+import numpy as np
+from jax.sharding import Mesh
+
+from refusion_jax.metrics.flops import CHIPS, Chip
+from refusion_jax.metrics.hlo import Collective
+from refusion_jax.model.config import ModelConfig
+
+
+def train_bytes(config: ModelConfig, tokens: float, microbatches: int, shards: int, tensor: int) -> float:
+    """Bytes that one device's memory moves in a training step, by formula.
+
+    Args:
+      config: the model; bfloat16 compute over float32 parameters and AdamW state.
+      tokens: of the step on one device.
+      microbatches: times the weights are gathered anew.
+      shards: devices that share the parameters (fsdp x tensor).
+      tensor: devices that share one matrix product.
+    """
+    c, d, h = config, config.hidden_size, config.head_dim
+    optimizer = 34 * c.num_params() / shards  # read p, m, v, g; write p, m, v, g in float32, and p in bfloat16
+    weights = 2 * 7 * c.num_params() / tensor  # gathered, read, again for the backward pass, read twice; gradients written
+    layer = 6 * d + (4 * c.num_heads * h + 6 * c.num_kv_heads * h + 6 * c.intermediate_size) / tensor  # inputs and outputs of its products
+    passes = 3 if c.remat == "none" else 4  # forward, again, and two products per product backward
+    logits = 4 * 6 * c.vocab_size / tensor
+    return optimizer + microbatches * weights + tokens * (2 * passes * c.num_layers * layer + logits)
+
+
+def decode_bytes(config: ModelConfig, rows: float, cache_length: int, tensor: int, itemsize: int = 2) -> float:
+    """Bytes that one device's memory moves in a forward pass of decoding: every weight once, and the rows' whole cache."""
+    cache = 2 * config.num_layers * config.num_kv_heads * config.head_dim * cache_length * rows
+    lookup = 0 if config.tie_embeddings else config.vocab_size * config.hidden_size
+    return itemsize * (config.num_params() - lookup + cache) / tensor
+
+
+def axis_bandwidth(mesh: Mesh, axes: tuple[str, ...], chip: Chip) -> float:
+    """Bytes per second that a device sends in a collective over mesh axes.
+
+    On a TPU the group lies along some dimensions of the torus; each gives a link, and another one where it wraps around
+    (dimensions of 16 in two-dimensional tori, multiples of 4 in three-dimensional ones). Over slices the network is the limit.
+    """
+    index = tuple(slice(None) if name in axes else 0 for name in mesh.axis_names)
+    group = mesh.devices[index].reshape(-1)
+    if len({getattr(d, "slice_index", 0) or 0 for d in group}) > 1:
+        return chip.network
+    if getattr(group[0], "platform", "") != "tpu":
+        return chip.link if len({d.process_index for d in group}) == 1 else chip.network
+    everywhere = np.array([d.coords for d in mesh.devices.reshape(-1)])
+    whole = everywhere.max(axis=0) - everywhere.min(axis=0) + 1
+    own = np.array([d.coords for d in group])
+    flat = sum(size > 1 for size in whole) <= 2 and "lite" in group[0].device_kind
+    links = 0
+    for size, extent in zip(whole, own.max(axis=0) - own.min(axis=0) + 1, strict=True):
+        wraps = extent == size and (size == 16 if flat else size % 4 == 0)
+        links += 0 if extent == 1 else 2 if wraps else 1
+    return chip.link * max(links, 1)  # the two devices of one chip talk faster than over a link
+
+
+def estimate(mesh: Mesh, kind: str, flops: float, memory_bytes: float, collectives: list[Collective]) -> dict[str, object]:
+    """Seconds of each limit, and the largest of them with its name.
+
+    Args:
+      mesh: where the program runs.
+      kind: jax.Device.device_kind.
+      flops: operations of one device.
+      memory_bytes: bytes one device's memory moves.
+      collectives: of the compiled program.
+
+    Returns:
+      {"compute", "memory", "interconnect", "step": seconds, "limit": name}; empty for an unknown chip.
+    """
+    chip = CHIPS.get(kind)
+    if chip is None:
+        return {}
+    sent: dict[tuple[str, ...], float] = {}
+    for c in collectives:
+        sent[c.axes] = sent.get(c.axes, 0.0) + c.bytes * c.runs
+    seconds = {
+        "compute": flops / chip.peak_flops,
+        "memory": memory_bytes / chip.bandwidth,
+        "interconnect": math.fsum(size / axis_bandwidth(mesh, axes, chip) for axes, size in sent.items()),
+    }
+    limit = max(seconds, key=seconds.get)
+    return {**seconds, "step": seconds[limit], "limit": limit}
