@@ -40,10 +40,10 @@ class TrainState:
 
 def learning_rate(config: OptimizerConfig, steps: int) -> optax.Schedule:
     """Linear warm-up, then cosine to 0 at `steps` or constant."""
+    start = 0.0 if config.warmup_steps else config.lr  # optax stays at its start when there is no warm-up
     if config.schedule == "constant":
-        return optax.warmup_constant_schedule(0.0, config.lr, config.warmup_steps)
-    decay = max(steps, config.warmup_steps + 1)
-    return optax.warmup_cosine_decay_schedule(0.0 if config.warmup_steps else config.lr, config.lr, config.warmup_steps, decay)
+        return optax.warmup_constant_schedule(start, config.lr, config.warmup_steps)
+    return optax.warmup_cosine_decay_schedule(start, config.lr, config.warmup_steps, max(steps, config.warmup_steps + 1))
 
 
 def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransformation:
