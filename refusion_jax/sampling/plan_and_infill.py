@@ -290,7 +290,7 @@ class PlanAndInfill:
         phase = jnp.where(done | (row.phase == DONE), DONE, phase)
 
         return row.replace(
-            phase=phase,
+            phase=phase.astype(jnp.int32),
             block=block,
             round=row.round + planned,
             ended=ended,
