@@ -1,7 +1,7 @@
 """Compiles the real training step, or a decoding step, for a TPU topology on a machine without one, or for the local devices.
 
     python tools/compile_step.py --config configs/8b.py --topology v5p:4x4x4
-    python tools/compile_step.py --config configs/8b.py --topology v6e:2x4 --decode --batch 32
+    python tools/compile_step.py --config configs/8b.py --topology v6e:2x4 --decode --batch 32 --config.mesh.fsdp=1 --config.mesh.tensor=-1
     python tools/compile_step.py --config configs/8b.py --topology v5p:4x4x4 --slices 2 --config.mesh.data=2
 
 Prints the memory of one device against the chip's, the collectives by kind and mesh axis, the work by formula, and a lower bound
@@ -25,8 +25,9 @@ os.environ.update(TPU_SKIP_MDS_QUERY="1", ALLOW_MULTIPLE_LIBTPU_LOAD="1", TPU_WO
 
 import jax
 import jax.numpy as jnp
+from flax import linen as nn
 from jax.experimental import topologies
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from refusion_jax import step as steps_lib
 from refusion_jax.config import Config, add_config_arguments, parse_config
@@ -34,8 +35,14 @@ from refusion_jax.data.tokenizers import load_tokenizer
 from refusion_jax.errors import UserError, run_main
 from refusion_jax.metrics import flops, roofline
 from refusion_jax.metrics.hlo import Collective, collective_list
+from refusion_jax.model.cache import KVCache
+from refusion_jax.model.config import ModelConfig
 from refusion_jax.objective.slots import PackedBatch
+from refusion_jax.parallel import sharding
 from refusion_jax.parallel.mesh import make_mesh
+from refusion_jax.sampling import batching
+from refusion_jax.sampling.config import SamplerConfig, Settings
+from refusion_jax.sampling.state import State
 from refusion_jax.train import with_tokenizer
 
 EXAMPLES_PER_ROW = 32  # where the config leaves it to the data
@@ -98,6 +105,36 @@ def train_program(config: Config, mesh: Mesh) -> tuple[jax.stages.Lowered, Work]
     return program.train.lower(program.abstract_state, batch), Work(tokens, needed, (needed + again) / mesh.size, moved)
 
 
+def decode_program(config: Config, mesh: Mesh, sampler_config: SamplerConfig, batch: int, prompt_length: int) -> tuple[jax.stages.Lowered, Work]:
+    """The decoding loop over `batch` rows with prompts of up to `prompt_length` tokens, and the work of one forward pass."""
+    shards = mesh.shape["data"] * mesh.shape["fsdp"]
+    if batch % shards:
+        raise UserError(f"--batch {batch} does not split over the mesh's data x fsdp = {shards} devices. Set --config.mesh.fsdp=1 --config.mesh.tensor=-1, or take a multiple.")
+    model = config.model
+    sampler = batching.make_sampler(model, sampler_config, batch)
+    cache_length = batching.bucket(prompt_length) + sampler_config.length + sampler.window
+    place = lambda abstract, shard: jax.ShapeDtypeStruct(abstract.shape, abstract.dtype, sharding=shard)
+    weights = jax.tree.map(
+        lambda p, shard: jax.ShapeDtypeStruct(p.shape, model.dtype, sharding=shard),
+        nn.unbox(sharding.abstract_params(model)), sharding.param_shardings(model, mesh, sharding.DECODE_RULES),
+    )  # fmt: skip
+    rows = NamedSharding(mesh, PartitionSpec(("data", "fsdp")))
+    cache = NamedSharding(mesh, PartitionSpec(None, ("data", "fsdp"), None, "tensor"))
+    state = jax.eval_shape(lambda: sampler.empty(batch, cache_length))
+    state = State(
+        cache=KVCache(k=place(state.cache.k, cache), v=place(state.cache.v, cache), length=place(state.cache.length, rows)),
+        rows=jax.tree.map(lambda a: place(a, rows), state.rows),
+    )
+    everywhere = sharding.replicated(mesh)
+    settings = jax.tree.map(lambda a: place(a, everywhere), Settings.of(sampler_config))
+    scalar = jax.ShapeDtypeStruct((), jnp.int32, sharding=everywhere)
+    with sharding.use(mesh, sharding.DECODE_RULES):
+        lowered = batching.run.lower(sampler, weights, state, settings, scalar, scalar)
+    tokens = batch * sampler.window
+    needed = 2 * flops.matmul_params(model) * tokens + 4 * model.num_layers * model.num_heads * model.head_dim * tokens * cache_length
+    return lowered, Work(tokens, needed, needed / mesh.size, roofline.decode_bytes(model, batch / shards, cache_length, mesh.shape["tensor"]))
+
+
 def compile_program(lowered: jax.stages.Lowered, where: str) -> tuple[jax.stages.Compiled, float]:
     """The compiled program and the seconds that took.
 
@@ -122,6 +159,21 @@ def out_of_memory(message: str, where: str) -> str:
         return f"The program does not fit the memory of a device of {where}: {message.splitlines()[0]} {fixes}"
     need, have = map(float, sizes.groups())
     return f"The program needs {need:.2f} GiB on each device of {where}, which has {have:.2f} GiB: {need - have:.2f} GiB are missing. {fixes}"
+
+
+def shardings(config: ModelConfig) -> str:
+    """A line for every parameter: path, shape, and the mesh axis of each dimension in training and in decoding."""
+    shapes = jax.tree_util.tree_leaves_with_path(nn.unbox(sharding.abstract_params(config)))
+    is_spec = lambda x: isinstance(x, PartitionSpec)
+    specs = [jax.tree.leaves(sharding.param_specs(config, rules), is_leaf=is_spec) for rules in (sharding.TRAIN_RULES, sharding.DECODE_RULES)]
+    show = lambda axes, rank: " x ".join(str(axis or ".") for axis in (*axes, *[None] * (rank - len(axes))))
+    rows = [
+        ["/".join(key.key for key in path), " x ".join(map(str, a.shape)), show(train, a.ndim), show(decode, a.ndim)]
+        for (path, a), train, decode in zip(shapes, *specs, strict=True)
+    ]
+    rows.insert(0, ["parameter", "shape", "training", "decoding"])
+    widths = [max(map(len, column)) for column in zip(*rows)]
+    return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in rows) + "\n"
 
 
 def report(compiled: jax.stages.Compiled, mesh: Mesh, work: Work) -> dict:
@@ -153,13 +205,13 @@ def report(compiled: jax.stages.Compiled, mesh: Mesh, work: Work) -> dict:
 
 
 def summary(collectives: list[Collective]) -> list[dict]:
-    """Collectives by kind and mesh axes, the largest first."""
+    """Collectives by kind, mesh axes and whether they may be skipped, the largest first."""
     groups: dict[tuple, list[Collective]] = collections.defaultdict(list)
     for collective in collectives:
-        groups[collective.kind, collective.axes].append(collective)
+        groups[collective.kind, collective.axes, collective.conditional].append(collective)
     rows = [
-        {"kind": kind, "axes": list(axes), "runs": sum(c.runs for c in group), "bytes": math.fsum(c.bytes * c.runs for c in group)}
-        for (kind, axes), group in groups.items()
+        {"kind": kind, "axes": list(axes), "conditional": conditional, "runs": sum(c.runs for c in group), "bytes": math.fsum(c.bytes * c.runs for c in group)}
+        for (kind, axes, conditional), group in groups.items()
     ]  # fmt: skip
     return sorted(rows, key=lambda row: -row["bytes"])
 
@@ -175,7 +227,7 @@ def describe(result: dict) -> str:
         memory += f" of {gib(result['chip_bytes'])}: " + (f"fits, {gib(spare)} to spare" if spare >= 0 else f"does not fit, {gib(-spare)} are missing")
     lines.append(f"memory per device: {memory}")
     lines.append("sent by each device" + (":" if result["collectives"] else ": nothing"))
-    lines += [f"  {row['kind']:<20}{' x '.join(row['axes']):<18}{row['runs']:>7} runs {row['bytes'] / 1e9:>10.3f} GB" for row in result["collectives"]]
+    lines += [f"  {row['kind']:<20}{' x '.join(row['axes']):<18}{row['runs']:>7} runs {row['bytes'] / 1e9:>10.3f} GB{' (in a branch)' * row['conditional']}" for row in result["collectives"]]
     lines.append(f"work: {result['model_flops']:.3g} FLOP for {result['tokens']:.0f} tokens; each device {result['device_flops']:.3g} FLOP, {result['device_bytes'] / 1e9:.1f} GB of memory traffic (formula)")
     if result["seconds"]:
         seconds = ", ".join(f"{name} {result['seconds'][name] * 1e3:.1f} ms" for name in ("compute", "memory", "interconnect"))
@@ -189,17 +241,29 @@ def main() -> None:
     add_config_arguments(parser)
     parser.add_argument("--topology", default="local", help="such as v5p:4x4x4 (chips), or local: this machine's devices")
     parser.add_argument("--slices", type=int, default=1, help="slices of that topology, joined by the network")
+    parser.add_argument("--decode", action="store_true", help="the decoding loop instead of the training step (GSM8K settings); figures are per forward pass")
+    parser.add_argument("--batch", type=int, default=32, help="rows to decode")
+    parser.add_argument("--prompt-length", type=int, default=512, help="longest prompt to decode")
     parser.add_argument("--json", type=pathlib.Path, metavar="FILE", help="write the figures there too")
     parser.add_argument("--hlo", type=pathlib.Path, metavar="FILE", help="write the compiled program's text there")
+    parser.add_argument("--shardings", action="store_true", help="only print every parameter's shape and sharding")
     arguments, config = parse_config(parser)
+    if arguments.shardings:
+        sys.stdout.write(shardings(config.model))
+        return
 
     if arguments.topology != "local":
         jax.config.update("jax_platforms", "cpu")
     devices = topology_devices(arguments.topology, arguments.slices)
     mesh = make_mesh(**dataclasses.asdict(config.mesh), devices=devices)
     where = arguments.topology if arguments.slices == 1 else f"{arguments.slices} slices of {arguments.topology}"
-    lowered, work = train_program(config, mesh)
-    program = f"training step of {arguments.config} ({config.batch_size} rows of {config.data.max_length}, accumulation {config.accumulation}, remat {config.model.remat})"
+    if arguments.decode:
+        sampler = SamplerConfig()
+        lowered, work = decode_program(config, mesh, sampler, arguments.batch, arguments.prompt_length)
+        program = f"decoding with {arguments.config} ({arguments.batch} rows, prompts of {arguments.prompt_length}, answers of {sampler.length})"
+    else:
+        lowered, work = train_program(config, mesh)
+        program = f"training step of {arguments.config} ({config.batch_size} rows of {config.data.max_length}, accumulation {config.accumulation}, remat {config.model.remat})"
     compiled, seconds = compile_program(lowered, where)
     result = {"program": program, "topology": where, "compile_seconds": seconds, **report(compiled, mesh, work)}
     print(describe(result))

@@ -16,7 +16,8 @@ from jax.sharding import Mesh
 KINDS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
 _COLLECTIVE = re.compile(r"^\s*(?:ROOT )?%?(\S+) = (.*?) (" + "|".join(KINDS) + r")(?:-start)?\(")
 _ARRAY = re.compile(r"\b(pred|[suf]\d+|bf16|f8\w+)\[([\d,]*)\]")
-_CALL = re.compile(r"\b(?:calls|to_apply|condition|body|true_computation|false_computation|async_computation)=%?([\w.-]+)")
+_CALL = re.compile(r"\b(?:calls|to_apply|condition|body|async_computation)=%?([\w.-]+)")
+_BRANCHES = re.compile(r"\b(?:branch_computations=\{([^}]*)\}|true_computation=(\S+), false_computation=(\S+))")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,6 +30,7 @@ class Collective:
       shapes: of its result on one device, as (type, dimensions).
       bytes: that one device sends in one run.
       runs: how often it runs per call of the program. In a loop without a fixed trip count: once per round.
+      conditional: whether it runs in a branch that may not be taken.
       source: where in the traced program it comes from.
     """
 
@@ -37,6 +39,7 @@ class Collective:
     shapes: tuple[tuple[str, tuple[int, ...]], ...]
     bytes: float
     runs: int
+    conditional: bool
     source: str
 
 
@@ -62,14 +65,14 @@ def computations(text: str) -> dict[str, list[str]]:
     return result
 
 
-def run_counts(bodies: dict[str, list[str]]) -> dict[str, int]:
-    """How often each computation runs per call of the program."""
+def run_counts(bodies: dict[str, list[str]], *, branches: bool = True) -> dict[str, int]:
+    """How often each computation runs per call of the program, with or without those inside conditionals."""
     callers = collections.defaultdict(list)
     for name, lines in bodies.items():
         for line in lines:
             factor = _trip_count(line, bodies) if " while(" in line else 1
-            called = _CALL.findall(line) + [c.strip(" %") for group in re.findall(r"branch_computations=\{([^}]*)\}", line) for c in group.split(",")]
-            for callee in called:
+            chosen = [name.strip(" %,") for match in _BRANCHES.findall(line) for part in match if part for name in part.split(",")]
+            for callee in _CALL.findall(line) + (chosen if branches else []):
                 callers[callee].append((name, factor))
 
     @functools.cache
@@ -81,7 +84,7 @@ def run_counts(bodies: dict[str, list[str]]) -> dict[str, int]:
 
 def _trip_count(line: str, bodies: dict[str, list[str]]) -> int:
     """Of a while loop: what XLA knows, or the bound of a plain counting loop, else 1."""
-    known = re.search(r'known_trip_count\D*(\d+)', line)
+    known = re.search(r"known_trip_count\D*(\d+)", line)
     if known:
         return int(known.group(1))
     condition = bodies.get(re.search(r"condition=%?([\w.-]+)", line).group(1), [])
@@ -94,7 +97,7 @@ def _trip_count(line: str, bodies: dict[str, list[str]]) -> int:
 def collective_list(text: str, mesh: Mesh) -> list[Collective]:
     """The collectives of a compiled program's text (`compiled.as_text()`), those inside one device left out."""
     bodies = computations(text)
-    counts = run_counts(bodies)
+    counts, certain = run_counts(bodies), run_counts(bodies, branches=False)
     found: dict[object, Collective] = {}
     for name, lines in bodies.items():
         for number, line in enumerate(lines):
@@ -123,7 +126,7 @@ def collective_list(text: str, mesh: Mesh) -> list[Collective]:
             }[kind]
             channel = re.search(r"channel_id=(\d+)", line)
             source = re.search(r'op_name="([^"]*)"', line)
-            new = Collective(kind, axes, tuple(arrays(result)), sent, counts[name], source.group(1) if source else "")
+            new = Collective(kind, axes, tuple(arrays(result)), sent, counts[name], not certain[name], source.group(1) if source else "")
             key = channel.group(1) if channel else (name, number)
             old = found.get(key)
             found[key] = new if old is None or new.bytes * new.runs > old.bytes * old.runs else old

@@ -67,7 +67,7 @@ def estimate(mesh: Mesh, kind: str, flops: float, memory_bytes: float, collectiv
       kind: jax.Device.device_kind.
       flops: operations of one device.
       memory_bytes: bytes one device's memory moves.
-      collectives: of the compiled program.
+      collectives: of the compiled program; those in branches are left out.
 
     Returns:
       {"compute", "memory", "interconnect", "step": seconds, "limit": name}; empty for an unknown chip.
@@ -76,7 +76,7 @@ def estimate(mesh: Mesh, kind: str, flops: float, memory_bytes: float, collectiv
     if chip is None:
         return {}
     sent: dict[tuple[str, ...], float] = {}
-    for c in collectives:
+    for c in (c for c in collectives if not c.conditional):
         sent[c.axes] = sent.get(c.axes, 0.0) + c.bytes * c.runs
     seconds = {
         "compute": flops / chip.peak_flops,

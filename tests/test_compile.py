@@ -1,0 +1,243 @@
+"""What the compiled programs hold and send: on the CPU's own devices, and for TPU topologies where libtpu is installed."""
+
+import dataclasses
+import importlib.util
+import json
+import math
+import pathlib
+import sys
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from refusion_jax import step as steps_lib
+from refusion_jax.config import Config, DataConfig, ObjectiveConfig, load_config
+from refusion_jax.errors import UserError
+from refusion_jax.metrics import hlo, roofline
+from refusion_jax.metrics.flops import CHIPS
+from refusion_jax.model.config import ModelConfig, qwen3
+from refusion_jax.parallel.mesh import make_mesh
+from refusion_jax.sampling.config import SamplerConfig
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT / "tools"))
+import compile_step
+
+needs_libtpu = [
+    pytest.mark.tpu_compiler,
+    pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed: pip install '.[tpu]'"),
+]
+
+# Sizes that cannot be mistaken for one another in a program's text.
+MODEL = ModelConfig(
+    vocab_size=1664, logical_vocab_size=1600, hidden_size=256, intermediate_size=640, num_layers=3, num_heads=4, num_kv_heads=2,
+    head_dim=128, tie_embeddings=False, mask_token_id=1599, begin_token_id=1598, eos_token_id=1, pad_token_id=0, remat="minimal",
+)  # fmt: skip
+CONFIG = Config(model=MODEL, data=DataConfig(max_length=384, max_examples_per_row=4), objective=ObjectiveConfig(loss_chunk=48), batch_size=8)
+
+
+@pytest.fixture(scope="module")
+def on_cpu():
+    """The training step on eight CPU devices, every mesh axis in use."""
+    mesh = make_mesh(2, 2, 2)
+    lowered, _ = compile_step.train_program(CONFIG, mesh)
+    return lowered.compile().as_text(), mesh
+
+
+@pytest.fixture(scope="module")
+def on_tpu():
+    """The same for four TPU v5e in bfloat16, with splash attention."""
+    config = dataclasses.replace(CONFIG, model=dataclasses.replace(MODEL, dtype="bfloat16"))
+    mesh = make_mesh(1, 2, 2, devices=compile_step.topology_devices("v5e:2x2"))
+    lowered, work = compile_step.train_program(config, mesh)
+    compiled, _ = compile_step.compile_program(lowered, "v5e:2x2")
+    return compiled, mesh, work
+
+
+def tokens_with_logits(text: str) -> int:
+    """Most tokens of one device whose logits are held at a time: of arrays with the vocabulary, or a shard of it, last."""
+    found = [math.prod(dims[:-1]) for _, dims in hlo.arrays(text) if len(dims) > 2 and dims[-1] in (1664, 832)]
+    assert found  # the loss is in there
+    return max(found)
+
+
+def check_training_step(text: str, mesh) -> None:
+    """No [batch, length, vocab], and no collective over logits, on a mesh with two shards of the vocabulary."""
+    rows = 8 // (mesh.shape["data"] * mesh.shape["fsdp"])
+    assert tokens_with_logits(text) <= rows * 48  # one chunk of the loss, never rows * 384
+    for collective in hlo.collective_list(text, mesh):
+        for _, dims in collective.shapes:
+            sharded = 1664 in dims or 832 in dims
+            assert not sharded or 256 in dims or 128 in dims, collective  # the tables themselves are gathered; logits are not
+
+
+def test_logits_of_a_batch_never_exist_on_cpu(on_cpu):
+    check_training_step(*on_cpu)
+
+
+@pytest.mark.parametrize("shape", [(1, 8, 1), (1, 4, 2), (2, 2, 2)])
+def test_parameters_and_optimizer_are_sharded_over_fsdp_and_tensor(shape):
+    """One device of an 8B run holds 1 / (fsdp x tensor) of parameters and moments, within 5 %."""
+    mesh = make_mesh(*shape)
+    config = dataclasses.replace(CONFIG, model=qwen3("8b"), data=DataConfig())
+    state = steps_lib.build(config, mesh, steps=10).abstract_state
+    leaves = jax.tree.leaves(state)
+    own = sum(math.prod(a.sharding.shard_shape(a.shape)) * a.dtype.itemsize for a in leaves)
+    total = sum(a.size * a.dtype.itemsize for a in leaves)
+    assert total == pytest.approx(12 * config.model.num_params(), rel=1e-3)
+    assert own == pytest.approx(total / (shape[1] * shape[2]), rel=0.05)
+
+
+@pytest.mark.parametrize("name", ["tiny", "0p6b", "8b"])
+def test_shardings_are_the_reviewed_ones(name):
+    """When a change is meant: python tools/compile_step.py --config configs/NAME.py --shardings > tests/golden/NAME.txt"""
+    config = load_config(str(ROOT / f"configs/{name}.py"))
+    assert compile_step.shardings(config.model) == (ROOT / f"tests/golden/{name}.txt").read_text()
+
+
+LOOP = """
+HloModule jit_f, is_scheduled=true
+
+%body (p: (s32[], f32[8,16])) -> (s32[], f32[8,16]) {
+  %ag = f32[8,16]{1,0} all-gather(%x), channel_id=1, replica_groups=GATHER, dimensions={0}, metadata={op_name="gather"}
+}
+
+%cond (p: (s32[], f32[8,16])) -> pred[] {
+  %n = s32[] constant(5)
+  ROOT %lt = pred[] compare(%i, %n), direction=LT
+}
+
+%taken (p: f32[4]) -> f32[4] {
+  %cp = (f32[4]{0}, f32[4]{0}, u32[], u32[]) collective-permute-start(%p), channel_id=3, source_target_pairs={{0,2},{2,0}}
+}
+
+ENTRY %main (a: f32[8,16]) -> f32[8,16] {
+  %w = (s32[], f32[8,16]) while(%t), condition=%cond, body=%body
+  %c = f32[4] conditional(%p, %x), branch_computations={%taken, %other}
+  %ar = bf16[100]{0} all-reduce(%y), channel_id=2, replica_groups={{0,1},{2,3},{4,5},{6,7}}, to_apply=%add
+}
+"""
+
+
+@pytest.mark.parametrize(
+    "groups, axes, size",
+    [
+        ("{{0,2},{1,3}}", ("fsdp",), 2),
+        ("[2,4]<=[2,2,2]T(0,2,1)", ("fsdp", "tensor"), 4),
+        ("[4,2]<=[2,4]T(1,0)", ("data",), 2),
+        ("mesh['axis_0'=2,'axis_1'=4] {'axis_1'}", ("fsdp", "tensor"), 4),
+        ("{}", ("data", "fsdp", "tensor"), 8),
+    ],
+)
+def test_collectives_are_read_with_axes_bytes_and_loops(groups, axes, size):
+    gather, reduce, permute = sorted(hlo.collective_list(LOOP.replace("GATHER", groups), make_mesh(2, 2, 2)), key=lambda c: c.kind)[::1]
+    assert (gather.kind, gather.axes, gather.runs, gather.conditional) == ("all-gather", axes, 5, False)
+    assert gather.bytes == 8 * 16 * 4 * (size - 1) / size
+    assert (reduce.axes, reduce.runs, reduce.bytes) == (("tensor",), 1, 2 * 200 / 2)
+    assert (permute.axes, permute.bytes, permute.conditional) == (("fsdp",), 16, True)
+
+
+def test_collectives_of_a_real_program_are_those_of_its_shardings():
+    """A product over a sharded dimension is one all-reduce of the result, in a loop as often as that runs."""
+    mesh = make_mesh(1, 4, 2)
+    place = lambda shape, *spec: jax.ShapeDtypeStruct(shape, jnp.float32, sharding=jax.sharding.NamedSharding(mesh, jax.P(*spec)))
+
+    def f(x, w):
+        return jax.lax.scan(lambda x, _: (jnp.tanh(x @ w), None), x, None, length=7)[0]
+
+    text = jax.jit(f, out_shardings=place((16, 64), None, "tensor").sharding).lower(place((16, 64), None, "tensor"), place((64, 64), "tensor", None)).compile().as_text()
+    found = [c for c in hlo.collective_list(text, mesh) if c.kind == "all-reduce"]
+    assert sum(c.runs for c in found) == 7
+    assert {c.axes for c in found} == {("tensor",)}
+
+
+def test_the_estimate_names_the_largest_limit():
+    mesh = make_mesh(1, 8, 1)
+    chip = CHIPS["TPU v5 lite"]
+    found = roofline.estimate(mesh, "TPU v5 lite", flops=2 * chip.peak_flops, memory_bytes=3 * chip.bandwidth, collectives=[])
+    assert found == {"compute": 2, "memory": 3, "interconnect": 0, "step": 3, "limit": "memory"}
+    assert roofline.estimate(mesh, "cpu", 1, 1, []) == {}
+
+
+@pytest.mark.parametrize(
+    "message, words",
+    [
+        ("RESOURCE_EXHAUSTED: Ran out of memory on HBM, the total memory required for HLO temporaries (41.22G) exceeds available HBM (15.75G).", "25.47 GiB are missing"),
+        ("RESOURCE_EXHAUSTED: Ran out of memory in memory space hbm. Used 20.10G of 15.75G hbm. Exceeded hbm capacity by 4.35G.", "4.35 GiB are missing"),
+    ],
+)
+def test_out_of_memory_says_how_much_is_missing(message, words):
+    assert words in compile_step.out_of_memory(message, "v5e:2x2")
+
+
+def run_tool(monkeypatch, *arguments: str) -> None:
+    monkeypatch.setattr(sys, "argv", ["compile_step.py", "--config", str(ROOT / "configs/tiny.py"), *arguments])
+    compile_step.main()
+
+
+def test_the_tool_reports_on_local_devices(monkeypatch, tmp_path, capsys):
+    run_tool(monkeypatch, "--config.model.num_layers=1", "--config.data.max_length=32", "--json", str(tmp_path / "f.json"))
+    said = capsys.readouterr().out
+    assert "memory per device: arguments" in said and "sent by each device" in said
+    result = json.loads((tmp_path / "f.json").read_text())
+    assert result["devices"] == 8 and any(row["axes"] == ["fsdp"] for row in result["collectives"])
+
+
+@pytest.mark.parametrize(
+    "arguments, words",
+    [
+        (["--topology", "v5p-64"], "'v5p-64' is not of the form"),
+        (["--config.mesh.fsdp=3"], "does not fit 8 devices"),
+        (["--config.mesh.fsdp=2", "--config.mesh.tensor=4"], "tensor = 4 does not divide model.num_kv_heads = 2"),
+        (["--decode", "--batch", "3"], "--batch 3 does not split"),
+    ],
+)
+def test_bad_arguments_are_refused(monkeypatch, arguments, words):
+    with pytest.raises(UserError, match=words):
+        run_tool(monkeypatch, *arguments)
+
+
+class TestTpuCompiler:
+    pytestmark = needs_libtpu
+
+    def test_logits_of_a_batch_never_exist(self, on_tpu):
+        compiled, mesh, _ = on_tpu
+        check_training_step(compiled.as_text(), mesh)
+
+    def test_arguments_are_a_share_of_the_state(self, on_tpu):
+        compiled, _, _ = on_tpu
+        assert compiled.memory_analysis().argument_size_in_bytes == pytest.approx(12 * MODEL.num_params() / 4, rel=0.05)
+
+    def test_attention_is_splash_and_runs_forward_once(self, on_tpu):
+        """Of each kernel one in the loops over layers: minimal remat keeps what the backward kernels need."""
+        text = on_tpu[0].as_text()
+        calls = [line for line in text.splitlines() if "custom-call(" in line and "splash_mha" in line]
+        for kernel in ("splash_mha_fwd", "splash_mha_dq", "splash_mha_dkv"):
+            assert sum(kernel in line for line in calls) == 1, kernel
+
+    def test_decoding_copies_no_cache_and_gathers_no_weights(self):
+        model = dataclasses.replace(MODEL, dtype="bfloat16")
+        mesh = make_mesh(1, 2, 2, devices=compile_step.topology_devices("v5e:2x2"))
+        sampler = SamplerConfig(gen_length=64, slot_size=8, blocks=4)
+        lowered, _ = compile_step.decode_program(dataclasses.replace(CONFIG, model=model), mesh, sampler, batch=16, prompt_length=8192)
+        compiled, _ = compile_step.compile_program(lowered, "v5e:2x2")
+        cache = 2 * 3 * 16 * 8256 * 2 * 128 * 2 / 4  # bytes of one device
+        memory = compiled.memory_analysis()
+        assert memory.argument_size_in_bytes > cache
+        assert memory.alias_size_in_bytes > cache  # updated in place
+        assert memory.temp_size_in_bytes < cache / 4
+        weight = 256 * 2 * 128 * 2  # bytes of a layer's smallest matrix
+        for c in hlo.collective_list(compiled.as_text(), mesh):
+            assert c.conditional or c.kind != "all-gather" or c.bytes < weight, c
+
+    def test_a_topology_that_is_too_small_says_by_how_much(self):
+        config = dataclasses.replace(CONFIG, model=dataclasses.replace(MODEL, dtype="bfloat16", vocab_size=2**22), batch_size=4)
+        mesh = make_mesh(1, 4, 1, devices=compile_step.topology_devices("v5e:2x2"))
+        lowered, _ = compile_step.train_program(config, mesh)
+        with pytest.raises(UserError, match=r"needs [\d.]+ GiB on each device of v5e:2x2, which has 15.75 GiB: [\d.]+ GiB are missing"):
+            compile_step.compile_program(lowered, "v5e:2x2")
+
+    def test_an_unknown_topology_is_refused(self):
+        with pytest.raises(UserError, match="There is no TPU topology 'v9z:2x2'"):
+            compile_step.topology_devices("v9z:2x2")
