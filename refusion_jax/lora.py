@@ -1,7 +1,8 @@
 """Low-rank adapters on a frozen base (LoRA, arXiv 2106.09685): w + alpha / rank * a b.
 
 Adapters are a tree shaped like the parameters, with {"a": [layer, ...in, rank], "b": [layer, rank, ...out]} in place of
-every targeted projection. The model adds them layer by layer (model/layers.py); `merge` adds them once and for all.
+every targeted projection. The model applies them beside the projections (model/layers.py); `merge` adds them to the base
+once and for all.
 """
 
 import math

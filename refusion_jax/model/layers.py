@@ -13,17 +13,24 @@ from refusion_jax.model.config import ModelConfig
 
 
 def weight(module: nn.Module, name: str, axes: tuple[str, ...], shape: tuple[int, ...], fan_in: int) -> jax.Array:
-    """A matrix parameter with logical axis names, in float32, drawn with standard deviation fan_in^-1/2.
-
-    Where the collection "lora" holds an adapter for it, the low-rank update is added here, inside the scan over layers:
-    merged weights and their gradients then exist for one layer at a time.
-    """
+    """A matrix parameter with logical axis names, in float32, drawn with standard deviation fan_in^-1/2."""
     init = nn.with_logical_partitioning(nn.initializers.normal(fan_in**-0.5), axes)
-    w = module.param(name, init, shape, jnp.float32)
-    if module.has_variable("lora", name):
-        adapter = module.get_variable("lora", name)
-        w = w + jnp.tensordot(adapter["a"], adapter["b"], axes=1).astype(w.dtype)
-    return w
+    return module.param(name, init, shape, jnp.float32)
+
+
+def adapted(module: nn.Module, name: str, x: jax.Array, y: jax.Array, inputs: int = 1) -> jax.Array:
+    """y, what projection `name` makes of x, and (x a) b where the collection "lora" has an adapter for it.
+
+    The product a b is never formed: added to a bfloat16 weight, a small update would be rounded away, and the sums would
+    be kept for the backward pass.
+
+    Args:
+      inputs: number of trailing axes of x that the projection sums over.
+    """
+    if not module.has_variable("lora", name):
+        return y
+    adapter = module.get_variable("lora", name)
+    return y + jnp.tensordot(jnp.tensordot(x, adapter["a"].astype(x.dtype), inputs), adapter["b"].astype(x.dtype), 1)
 
 
 def rms_norm(x: jax.Array, scale: jax.Array, epsilon: float) -> jax.Array:
@@ -87,15 +94,15 @@ class Attention(nn.Module):
         query_norm = self.param("query_norm", ones, (h,), jnp.float32)
         key_norm = self.param("key_norm", ones, (h,), jnp.float32)
 
-        project = lambda w: jnp.einsum("BTD,DNH->BTNH", x, w.astype(x.dtype))
-        q = rotate(rms_norm(project(query), query_norm, c.rms_norm_eps), angles)
-        keys = rotate(rms_norm(project(key), key_norm, c.rms_norm_eps), angles)
+        project = lambda name, w: adapted(self, name, x, jnp.einsum("BTD,DNH->BTNH", x, w.astype(x.dtype)))
+        q = rotate(rms_norm(project("query", query), query_norm, c.rms_norm_eps), angles)
+        keys = rotate(rms_norm(project("key", key), key_norm, c.rms_norm_eps), angles)
         q = nn.with_logical_constraint(q, ("batch", "length", "heads", "head_dim"))
         keys = nn.with_logical_constraint(keys, ("batch", "length", "kv_heads", "head_dim"))
-        values = nn.with_logical_constraint(project(value), ("batch", "length", "kv_heads", "head_dim"))
+        values = nn.with_logical_constraint(project("value", value), ("batch", "length", "kv_heads", "head_dim"))
         q, keys, values = (checkpoint_name(a, "qkv") for a in (q, keys, values))
         out, context = context.attend(q, keys, values)
-        return jnp.einsum("BTNH,NHD->BTD", out, output.astype(x.dtype)), context
+        return adapted(self, "output", out, jnp.einsum("BTNH,NHD->BTD", out, output.astype(x.dtype)), inputs=2), context
 
 
 class SwiGLU(nn.Module):
@@ -109,9 +116,10 @@ class SwiGLU(nn.Module):
         gate = weight(self, "gate", ("embed", "mlp"), (d, f), d)
         up = weight(self, "up", ("embed", "mlp"), (d, f), d)
         down = weight(self, "down", ("mlp", "embed"), (f, d), f)
-        inner = nn.silu(x @ gate.astype(x.dtype)) * (x @ up.astype(x.dtype))
+        project = lambda name, x, w: adapted(self, name, x, x @ w.astype(x.dtype))
+        inner = nn.silu(project("gate", x, gate)) * project("up", x, up)
         inner = nn.with_logical_constraint(inner, ("batch", "length", "mlp"))
-        return inner @ down.astype(x.dtype)
+        return project("down", inner, down)
 
 
 class Block(nn.Module):
