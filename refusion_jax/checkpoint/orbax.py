@@ -10,6 +10,7 @@
 import dataclasses
 import importlib.metadata
 import json
+import math
 import pathlib
 from typing import Any
 
@@ -125,13 +126,15 @@ class Checkpoints:
           UserError: the folder cannot be written.
         """
         self._folder = pathlib.Path(folder).absolute()
+        # A checkpoint that was not evaluated is worse than any that was. Orbax writes losses down, for the next start, only with a best_fn.
+        loss = lambda metrics: math.inf if metrics["loss"] is None else metrics["loss"]
         policies = [checkpoint_managers.LatestN(keep_last)]
         if keep_best:
-            best = checkpoint_managers.BestN(get_metric_fn=lambda m: m["loss"], reverse=True, n=keep_best, keep_checkpoints_without_metrics=False)
-            policies.append(best)
+            policies.append(checkpoint_managers.BestN(get_metric_fn=loss, reverse=True, n=keep_best, keep_checkpoints_without_metrics=False))
         options = ocp.CheckpointManagerOptions(
-            preservation_policy=checkpoint_managers.AnyPreservationPolicy(policies), cleanup_tmp_directories=True, save_interval_steps=1
-        )
+            preservation_policy=checkpoint_managers.AnyPreservationPolicy(policies), best_fn=loss if keep_best else None, best_mode="min",
+            cleanup_tmp_directories=True, save_interval_steps=1,
+        )  # fmt: skip
         try:
             (self._folder / "checkpoints").mkdir(parents=True, exist_ok=True)
             self._manager = ocp.CheckpointManager(self._folder / "checkpoints", options=options)
@@ -154,8 +157,7 @@ class Checkpoints:
             "data": ocp.args.JsonSave({"next_row": next_row}),
             "meta": ocp.args.JsonSave(meta),
         }
-        metrics = None if eval_loss is None else {"loss": eval_loss}
-        self._guard(lambda: self._manager.save(step, args=ocp.args.Composite(**items), metrics=metrics, force=True))
+        self._guard(lambda: self._manager.save(step, args=ocp.args.Composite(**items), metrics={"loss": eval_loss}, force=True))
 
     def check(self) -> None:
         """Raises a UserError if a save in the background has failed."""
