@@ -24,6 +24,12 @@ def _positive(where: str, config: Any, *names: str) -> None:
             raise UserError(f"{where}.{name} is {getattr(config, name)}; it must be greater than 0.")
 
 
+def _not_negative(where: str, config: Any, *names: str) -> None:
+    for name in names:
+        if getattr(config, name) < 0:
+            raise UserError(f"{where}.{name} is {getattr(config, name)}; it must not be negative.")
+
+
 def _choice(where: str, config: Any, name: str, allowed: tuple[str, ...]) -> None:
     if getattr(config, name) not in allowed:
         raise UserError(f"{where}.{name} is {getattr(config, name)!r}; choose one of {', '.join(allowed)}.")
@@ -86,6 +92,7 @@ class DataConfig:
 
     def __post_init__(self):
         _positive("data", self, "max_length")
+        _not_negative("data", self, "max_examples_per_row")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -115,8 +122,7 @@ class ObjectiveConfig:
         _positive("objective", self, "loss_chunk")
         if not self.slot_sizes or min(self.slot_sizes) < 1:
             raise UserError(f"objective.slot_sizes is {self.slot_sizes}; give at least one slot size, each at least 1.")
-        if min(self.ar_weight, self.mdm_weight, self.mdm_weight_cap) < 0:
-            raise UserError("objective.ar_weight, objective.mdm_weight and objective.mdm_weight_cap must not be negative.")
+        _not_negative("objective", self, "ar_weight", "mdm_weight", "mdm_weight_cap")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -135,6 +141,9 @@ class OptimizerConfig:
     def __post_init__(self):
         _choice("optimizer", self, "schedule", ("cosine", "constant"))
         _positive("optimizer", self, "lr", "eps", "clip_norm")
+        _not_negative("optimizer", self, "warmup_steps", "weight_decay", "b1", "b2")
+        if max(self.b1, self.b2) >= 1:
+            raise UserError(f"optimizer.b1 = {self.b1} and optimizer.b2 = {self.b2} are decay rates; they must be below 1.")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -209,7 +218,8 @@ class Config:
 
     def __post_init__(self):
         _positive("config", self, "batch_size", "accumulation", "log_every", "keep_last")
-        if self.steps <= 0 and self.epochs <= 0:
+        _not_negative("config", self, "steps", "epochs", "seed", "eval_every", "eval_batches", "checkpoint_every_steps", "checkpoint_every_minutes", "keep_best", "profile")
+        if not self.steps and not self.epochs:
             raise UserError("config.steps and config.epochs are both 0; say how long to train.")
         if self.batch_size % self.accumulation:
             raise UserError(f"config.batch_size = {self.batch_size} is not a multiple of config.accumulation = {self.accumulation}; every microbatch has the same size.")
@@ -304,7 +314,10 @@ def load_config(argument: str, overrides: dict[str, str] | None = None) -> Confi
     path, _, argument = argument.partition(":")
     if not pathlib.Path(path).is_file():
         raise UserError(f"There is no config file {path}; the ones that come with the project are in configs/.")
-    settings = runpy.run_path(path)["get_config"](argument).to_dict()
+    get_config = runpy.run_path(path).get("get_config")
+    if get_config is None:
+        raise UserError(f"{path} has no function get_config(argument); see the files in configs/.")
+    settings = get_config(argument).to_dict()
     for name, text in (overrides or {}).items():
         try:
             value = ast.literal_eval(text)
