@@ -115,8 +115,8 @@ def train_step(config: Config, optimizer: optax.GradientTransformation, state: T
         "examples": jnp.sum(batch.lengths > 0, dtype=jnp.float32),
         "tokens": jnp.sum(batch.lengths, dtype=jnp.float32),
         "token_pairs": jnp.sum(batch.lengths * (batch.lengths + 1.0) / 2),
-        "grad_norm": optax.global_norm(grads),
-        "param_norm": optax.global_norm(params),
+        "grad_norm": optax.tree.norm(grads),
+        "param_norm": optax.tree.norm(params),
     }
     return state.replace(step=state.step + 1, params=params, opt_state=opt_state), metrics
 

@@ -107,6 +107,8 @@ def train(config: Config, workdir: pathlib.Path) -> dict[str, float]:
     first = int(state.step)
     if first >= total:
         progress.say(f"nothing to do: {workdir} is at step {first} of {total}")
+        checkpoints.close()
+        return {}
 
     iterator = pipeline.batches(rows, batch_size=config.batch_size, local_rows=mine, start_row=next_row)
     load_batch = lambda: to_devices(next(iterator), program.batch_sharding, config.batch_size)
@@ -175,7 +177,7 @@ def train(config: Config, workdir: pathlib.Path) -> dict[str, float]:
             return evaluation
     checkpoints.close()
     metrics_file.close()
-    progress.say(f"done: {workdir} is at step {max(first, total)}")
+    progress.say(f"done: {workdir} is at step {total}")
     return evaluation
 
 
