@@ -129,6 +129,7 @@ def files_of_at_most(size):
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # of threads that were writing
 def test_a_full_disk_is_an_error_and_the_last_checkpoint_stays_whole(tmp_path):
     checkpoints = orbax.Checkpoints(tmp_path)
     checkpoints.save(random_state("1", 1), 1, meta(1))
