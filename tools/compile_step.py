@@ -158,7 +158,7 @@ def out_of_memory(message: str, where: str) -> str:
     if not sizes:
         return f"The program does not fit the memory of a device of {where}: {message.splitlines()[0]} {fixes}"
     need, have = map(float, sizes.groups())
-    return f"The program needs {need:.2f} GiB on each device of {where}, which has {have:.2f} GiB: {need - have:.2f} GiB are missing. {fixes}"
+    return f"The program needs at least {need:.2f} GiB on each device of {where}, which has {have:.2f} GiB: {need - have:.2f} GiB are missing. {fixes}"
 
 
 def shardings(config: ModelConfig) -> str:
