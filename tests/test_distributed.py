@@ -1,57 +1,19 @@
 """Two real processes of four CPU devices each: start-up, agreement, and what happens when one of them fails."""
 
-import os
+import json
+import pathlib
 import re
+import shutil
 import signal
-import socket
-import subprocess
-import sys
-import time
 
+import numpy as np
 import pytest
+from processes import finish, free_port, start, wait_for
 
+import micro
+from refusion_jax.checkpoint import orbax
 from refusion_jax.errors import UserError
 from refusion_jax.parallel import distributed
-
-
-def free_port() -> int:
-    with socket.socket() as s:
-        s.bind(("", 0))
-        return s.getsockname()[1]
-
-
-def start(command: list[str], *, processes: int = 2, devices: int = 4, folder, **environ: str) -> list[subprocess.Popen]:
-    """Starts `command` as so many processes that find each other; process n prints into folder/n.log."""
-    address = f"localhost:{free_port()}"
-    started = []
-    for index in range(processes):
-        settings = {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": "", "JAX_NUM_CPU_DEVICES": str(devices), "PYTHONUNBUFFERED": "1"}
-        if processes > 1:
-            settings |= {"JAX_COORDINATOR_ADDRESS": address, "JAX_NUM_PROCESSES": str(processes), "JAX_PROCESS_ID": str(index)}
-        with open(folder / f"{index}.log", "wb") as log:
-            started.append(
-                subprocess.Popen([sys.executable, *command], env=os.environ | settings | environ, stdout=log, stderr=subprocess.STDOUT)
-            )
-    return started
-
-
-def finish(started: list[subprocess.Popen], folder, timeout: float = 60) -> tuple[list[int], list[str]]:
-    """Exit codes and outputs; a process that still runs after `timeout` seconds fails the test."""
-    end = time.monotonic() + timeout
-    try:
-        codes = [process.wait(max(0.1, end - time.monotonic())) for process in started]
-    finally:
-        for process in started:
-            process.kill()
-    return codes, [(folder / f"{index}.log").read_text() for index in range(len(started))]
-
-
-def wait_for(text: str, path, timeout: float = 60) -> None:
-    end = time.monotonic() + timeout
-    while text not in path.read_text():
-        assert time.monotonic() < end, f"no {text!r} in:\n{path.read_text()}"
-        time.sleep(0.02)
-
 
 SCRIPT = """
 import json, os, sys, time, jax, jax.numpy as jnp
@@ -61,7 +23,8 @@ from refusion_jax.parallel import distributed
 from refusion_jax.parallel.mesh import make_mesh
 
 def main():
-    distributed.initialize(timeout=int(sys.argv[2]), heartbeat_timeout=5)
+    distributed.HEARTBEAT_TIMEOUT = 5
+    distributed.initialize(timeout=int(sys.argv[2]))
     index = jax.process_index()
     if sys.argv[1] == "disagree":
         distributed.check_same_config(json.dumps({"steps": 3, "optimizer": {"lr": [1e-4, 2e-4][index], "b1": 0.9}}))
@@ -85,9 +48,9 @@ run_main(main)
 
 
 def test_processes_meet_and_a_signal_to_one_stops_both_at_the_same_step(tmp_path):
-    started = start(["-c", SCRIPT, "run", "60"], folder=tmp_path)
-    wait_for("running", tmp_path / "0.log")
-    wait_for("running", tmp_path / "1.log")
+    started = start(["-c", SCRIPT, "run", "60"], processes=2, folder=tmp_path)
+    for index in range(2):
+        wait_for("running", tmp_path / f"{index}.log", started[index])
     started[1].send_signal(signal.SIGTERM)
     codes, outputs = finish(started, tmp_path)
     assert codes == [0, 0], outputs
@@ -99,8 +62,8 @@ def test_processes_meet_and_a_signal_to_one_stops_both_at_the_same_step(tmp_path
 
 
 def test_killed_process_stops_the_other_with_an_error_that_names_it(tmp_path):
-    started = start(["-c", SCRIPT, "run", "60"], folder=tmp_path)
-    wait_for("running", tmp_path / "0.log")
+    started = start(["-c", SCRIPT, "run", "60"], processes=2, folder=tmp_path)
+    wait_for("running", tmp_path / "0.log", started[0])
     started[1].kill()
     codes, outputs = finish(started, tmp_path, timeout=60)
     assert codes[0] not in (0, None)
@@ -108,7 +71,7 @@ def test_killed_process_stops_the_other_with_an_error_that_names_it(tmp_path):
 
 
 def test_processes_that_disagree_on_the_config_all_stop_naming_the_field(tmp_path):
-    codes, outputs = finish(start(["-c", SCRIPT, "disagree", "60"], folder=tmp_path), tmp_path)
+    codes, outputs = finish(start(["-c", SCRIPT, "disagree", "60"], processes=2, folder=tmp_path), tmp_path)
     assert codes == [2, 2], outputs
     for output in outputs:
         assert "disagree on the config: optimizer.lr is 0.0001 on process 0 but 0.0002 on process 1" in " ".join(output.split())
@@ -119,7 +82,7 @@ def test_waiting_for_the_others_is_bounded(index, tmp_path):
     """The coordinator alone, and a process whose coordinator is not there."""
     address = f"localhost:{free_port()}"
     alone = {"JAX_COORDINATOR_ADDRESS": address, "JAX_NUM_PROCESSES": "2", "JAX_PROCESS_ID": str(index)}
-    codes, outputs = finish(start(["-c", SCRIPT, "run", "2"], processes=1, folder=tmp_path, **alone), tmp_path)
+    codes, outputs = finish(start(["-c", SCRIPT, "run", "2"], folder=tmp_path, **alone), tmp_path)
     assert codes == [2]
     assert f"error: not all processes came together at coordinator {address} within 2 s" in outputs[0]
 
@@ -182,3 +145,131 @@ def test_first_node_of_a_slurm_node_list(nodes, first):
 def test_slurm_step_of_one_task_is_one_process():
     assert distributed._slurm(PER_NODE | {"SLURM_STEP_NUM_TASKS": "1"}) is None
     assert distributed._slurm({}) is None
+
+
+# --- The training job.
+
+STEPS = 12
+# The trainer with a short heartbeat, so that the test of a killed process need not wait a minute.
+TRAINER = """
+from refusion_jax import train
+from refusion_jax.errors import run_main
+from refusion_jax.parallel import distributed
+distributed.HEARTBEAT_TIMEOUT = 5
+run_main(train.main)
+"""
+
+
+class Job:
+    """Trains the micro config on a 2x2x2 mesh in one process or in two, in the run's own folder."""
+
+    def __init__(self, folder: pathlib.Path):
+        self.folder = folder
+        micro.write_examples(folder / "data.json")
+
+    def start(self, name: str, processes: int) -> list:
+        logs = self.folder / name
+        logs.mkdir(exist_ok=True)
+        mesh = [f"--config.mesh.{axis}=2" for axis in ("data", "fsdp", "tensor")]
+        config = f"{pathlib.Path(micro.__file__)}:steps={STEPS},data={self.folder / 'data.json'}"
+        return start(
+            ["-c", TRAINER, "--config", config, *mesh, "--config.data.evaluation=[]", "--config.keep_last=99", "--workdir", logs / "run"],
+            folder=logs, processes=processes, devices=8 // processes,
+            JAX_COMPILATION_CACHE_DIR=str(self.folder / "compiled"), JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS="0",
+        )  # fmt: skip
+
+    def finish(self, name: str, started: list) -> list[str]:
+        codes, outputs = finish(started, self.folder / name)
+        assert codes == [0] * len(started), "\n".join(outputs)
+        return outputs
+
+    def run(self, name: str, processes: int) -> list[str]:
+        return self.finish(name, self.start(name, processes))
+
+    def copy(self, name: str, source: str, step: int) -> None:
+        """Another run that has got as far as `step` of `source`."""
+        shutil.copytree(self.folder / source, self.folder / name)
+        for later in orbax.steps_in(self.folder / name / "run"):
+            if later > step:
+                shutil.rmtree(self.folder / name / "run" / "checkpoints" / str(later))
+
+    def history(self, name: str) -> dict[int, dict[str, float]]:
+        """What was measured at each step, rates aside; no step may come twice."""
+        records = [json.loads(line) for line in (self.folder / name / "run" / "metrics.jsonl").read_text().splitlines()]
+        measured = ("loss", "ar_loss", "mdm_loss", "ar_tokens", "mdm_tokens", "examples", "tokens", "grad_norm", "lr")
+        assert [record["step"] for record in records] == list(range(1, len(records) + 1))
+        return {record["step"]: {key: record[key] for key in measured} for record in records}
+
+
+@pytest.fixture(scope="module")
+def job(tmp_path_factory) -> Job:
+    """Runs "one" and "two", never interrupted: by one process of eight devices, by two of four."""
+    job = Job(tmp_path_factory.mktemp("job"))
+    started = {name: job.start(name, processes) for name, processes in (("one", 1), ("two", 2))}
+    for name, processes in started.items():
+        job.finish(name, processes)
+    return job
+
+
+def assert_close(job: Job, name: str, other: str) -> None:
+    """The same examples in the same order, losses and gradients up to the order of sums."""
+    ours, theirs = job.history(name), job.history(other)
+    assert set(ours) == set(theirs) == set(range(1, STEPS + 1))
+    for step in ours:
+        for key, value in ours[step].items():
+            tolerance = 0 if key in ("ar_tokens", "mdm_tokens", "examples", "tokens", "lr") else 1e-4 if key == "grad_norm" else 1e-5
+            np.testing.assert_allclose(value, theirs[step][key], rtol=tolerance, err_msg=f"{key} of step {step}")
+
+
+def test_two_processes_train_as_one_does(job):
+    assert_close(job, "two", "one")
+    assert orbax.steps_in(job.folder / "two" / "run") == orbax.steps_in(job.folder / "one" / "run")
+
+
+@pytest.mark.parametrize("wrote, processes", [("two", 1), ("one", 2)])
+def test_checkpoint_of_another_number_of_processes_goes_on_at_the_same_example(job, wrote, processes):
+    name = f"{wrote} and then {processes}"
+    job.copy(name, wrote, step=4)
+    outputs = job.run(name, processes)
+    assert "resumed from step 4" in outputs[0]
+    assert_close(job, name, wrote)
+
+
+def assert_same(job: Job, name: str, other: str) -> None:
+    """Bit for bit."""
+    assert job.history(name) == job.history(other)
+    ours, theirs = (micro.read_checkpoint(job.folder / run / "run", STEPS) for run in (name, other))
+    assert set(ours) == set(theirs)
+    for key in ours:
+        np.testing.assert_array_equal(ours[key], theirs[key], err_msg=key)
+
+
+@pytest.mark.parametrize("whom", [[1], [0, 1]])
+def test_signal_saves_on_both_and_the_run_resumes(job, whom):
+    """A preemption notice to one process, and to all of them as Slurm sends it."""
+    name = f"signal to {whom}"
+    started = job.start(name, 2)
+    wait_for(r"step 3/", job.folder / name / "0.log", started[0])
+    for index in whom:
+        started[index].send_signal(signal.SIGTERM)
+    outputs = job.finish(name, started)
+    stopped = int(re.search(r"stopped after step (\d+)", outputs[0]).group(1))
+    assert stopped == orbax.steps_in(job.folder / name / "run")[-1] == max(job.history(name)) < STEPS
+    assert f"resumed from step {stopped}" in job.run(name, 2)[0]
+    assert_same(job, name, "two")
+
+
+@pytest.mark.parametrize("index", [0, 1])
+def test_killed_process_stops_the_other_and_the_run_resumes(job, index):
+    name = f"killed {index}"
+    started = job.start(name, 2)
+    wait_for(r"step 5/", job.folder / name / "0.log", started[0])
+    started[index].kill()
+    codes, outputs = finish(started, job.folder / name)
+    other = 1 - index
+    assert codes[other] not in (0, None)
+    assert "another task died" in outputs[other] or "coordination service" in outputs[other]
+    last = orbax.steps_in(job.folder / name / "run")[-1]
+    assert 2 <= last < STEPS
+    assert f"resumed from step {last}" in job.run(name, 2)[0]
+    assert_same(job, name, "two")

@@ -40,7 +40,6 @@ def initialize(
     process_id: int | None = None,
     *,
     timeout: int = 300,
-    heartbeat_timeout: int = HEARTBEAT_TIMEOUT,
 ) -> None:
     """Joins this process to the others, if there are others, and prints what it sees.
 
@@ -50,14 +49,13 @@ def initialize(
       process_id: index of this process; only with `coordinator`.
       timeout: seconds to wait for the others. When they have not all come by then, the process prints an error that names
         the coordinator and exits with code 2 (JAX itself would abort).
-      heartbeat_timeout: seconds without a sign of life after which a process counts as dead.
 
     Raises:
       UserError: incomplete or impossible arguments; a coordinator address that process 0 cannot listen on.
     """
     setting = _explicit(coordinator, num_processes, process_id, os.environ) or _slurm(os.environ)
     if setting or _on_tpu_vm():
-        _connect(setting, timeout, heartbeat_timeout)
+        _connect(setting, timeout)
     local, everywhere = jax.local_devices(), jax.devices()
     _say(
         f"process {jax.process_index()} of {jax.process_count()}: "
@@ -179,7 +177,7 @@ def _slurm(environ: Mapping[str, str]) -> dict | None:
     }
 
 
-def _connect(setting: dict | None, timeout: int, heartbeat_timeout: int) -> None:
+def _connect(setting: dict | None, timeout: int) -> None:
     """Calls jax.distributed.initialize with `setting`, or lets it find the TPU pod when that is None."""
     if setting:
         where = f"coordinator {setting['coordinator_address']}"
@@ -195,7 +193,7 @@ def _connect(setting: dict | None, timeout: int, heartbeat_timeout: int) -> None
             jax.distributed.initialize(
                 **(setting or {}),
                 initialization_timeout=timeout + 30,  # later than our own, which names the coordinator
-                heartbeat_timeout_seconds=heartbeat_timeout,
+                heartbeat_timeout_seconds=HEARTBEAT_TIMEOUT,
                 shutdown_timeout_seconds=SHUTDOWN_TIMEOUT,
             )
         except (RuntimeError, ValueError, OSError) as error:
