@@ -7,6 +7,8 @@ elsewhere, a converted checkpoint say, and --mesh restores them onto several dev
 
 import argparse
 import dataclasses
+import functools
+import json
 import math
 import pathlib
 import sys
@@ -24,6 +26,7 @@ from refusion_jax.objective.losses import numerator, token_loss
 from refusion_jax.objective.slots import Denoising, loss_terms
 from refusion_jax.parallel import sharding
 from refusion_jax.parallel.mesh import make_mesh
+from refusion_jax.sampling import Report, SamplerConfig, generate
 
 LOGITS_TOLERANCE = 2e-4  # max abs difference
 LOSS_TOLERANCE = 1e-5  # relative
@@ -101,11 +104,41 @@ def check_losses(config: ModelConfig, params: dict, path: pathlib.Path) -> tuple
     return len(batches), equal, problems
 
 
+def check_decode(config: ModelConfig, params: dict, path: pathlib.Path, speculate: str = "off") -> tuple[int, int, list[str]]:
+    """(prompts, equal ones, mismatches): response, commit order and, without speculation, forward passes."""
+    if jax.default_backend() == "cpu":  # compiling takes far longer than running
+        jax.config.update("jax_disable_most_optimizations", True)
+    cases = [json.loads(line) for line in path.read_text().splitlines()]
+    groups = {}
+    for number, case in enumerate(cases, 1):
+        groups.setdefault(tuple(case["params"].items()), []).append((number, case))
+    problems, forwards, forwarded, widest = {}, 0, 0, 0
+    for setting, members in groups.items():
+        setting = dict(setting)
+        sampler = SamplerConfig(blocks=setting.pop("serial_num_blocks"), **setting, speculate=speculate)
+        report = Report()
+        answers = generate(params, config, sampler, [case["prompt"] for _, case in members], batch_size=16, report=report)
+        widest = max(widest, report.window)
+        for (number, case), answer in zip(members, answers, strict=True):
+            order = [len(case["prompt"]) + offset for offset in answer.order]
+            compared = {"response": (answer.tokens, case["response"]), "commit_order": (order, case["commit_order"])}
+            if speculate == "off":
+                compared["forwards"] = (answer.forwards, case["forwards"])
+            for name, (ours, theirs) in compared.items():
+                if ours != theirs:
+                    problems.setdefault(number, []).append(f"{path.name} line {number}, {name}: {ours}, reference {theirs}")
+            forwards += answer.forwards
+            forwarded += answer.tokens_forwarded
+    print(f"speculate={speculate}: {forwards} forward passes of {forwarded} tokens, windows of up to {widest}")
+    return len(cases), len(cases) - len(problems), sum(problems.values(), [])
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=pathlib.Path, metavar="DIR")
     parser.add_argument("--checkpoint", type=pathlib.Path, help="take the parameters from here instead of DIR/model")
     parser.add_argument("--mesh", default="1,1,1", help="data,fsdp,tensor")
+    parser.add_argument("--speculate", default="off", choices=["off", "on", "auto"], help="for decode.jsonl; other than off, forward passes are not compared")
     arguments = parser.parse_args()
     folder = arguments.folder
     if not (folder / "model").is_dir():
@@ -116,7 +149,8 @@ def main() -> None:
     mesh = make_mesh(*shape, devices=jax.devices()[: math.prod(shape)])
     params = load.load_params(source, config, mesh, sharding.DECODE_RULES, dtype="float32")
 
-    kinds = {"logits.npz": check_logits, "losses.npz": check_losses}
+    decode = functools.partial(check_decode, speculate=arguments.speculate)
+    kinds = {"logits.npz": check_logits, "losses.npz": check_losses, "decode.jsonl": decode}
     present = [name for name in kinds if (folder / name).exists()]
     if not present:
         raise UserError(f"{folder} holds none of {', '.join(kinds)}; there is nothing to compare with.")
