@@ -1,4 +1,4 @@
-"""A model that two CPU cores train in minutes: byte-level, on easy procedural tasks.
+"""A model that two CPU cores train in minutes: a byte-level one that spells words backward.
 
 Arguments: steps, e.g. `configs/tiny.py:steps=50`.
 """
@@ -10,12 +10,14 @@ from refusion_jax.model.config import ModelConfig
 
 
 def get_config(argument: str = "") -> ConfigDict:
-    arg = parse_arguments(argument, steps=1500)
+    arg = parse_arguments(argument, steps=1000)
     model = ModelConfig(
-        vocab_size=320, hidden_size=128, intermediate_size=384, num_layers=4, num_heads=4, num_kv_heads=2, head_dim=32,
+        vocab_size=320, hidden_size=128, intermediate_size=384, num_layers=3, num_heads=4, num_kv_heads=2, head_dim=32,
         tie_embeddings=True, rope_theta=10000.0, max_position_embeddings=512,
     )  # fmt: skip
-    task = dict(kind="procedural", path="spell_backward", size=20000, options=(("min_word_len", 3), ("max_word_len", 8)))
+    # Only the word of "Spell this word backward (example: sun -> nus): word": with bytes, the rest is most of the tokens.
+    options = (("min_word_len", 3), ("max_word_len", 10), ("query_pattern", r": (\w+)$"))
+    task = dict(kind="procedural", path="spell_backward", size=20000, options=options)
     return ConfigDict(
         dict(
             model=model_settings(model, logical_vocab_size=0),
@@ -23,13 +25,13 @@ def get_config(argument: str = "") -> ConfigDict:
                 tokenizer="bytes",
                 train=[dict(task, stop=0.98)],
                 evaluation=[dict(task, start=0.98)],  # a part, not another seed: its prompts are never trained on
-                max_length=256,
+                max_length=64,
             ),
             objective=dict(slot_sizes=(4, 8), mdm_weight_cap=10.0),
-            optimizer=dict(lr=2e-3, warmup_steps=100),
+            optimizer=dict(lr=2e-3, warmup_steps=50),
             steps=arg.steps,
             batch_size=16,
-            eval_every=500,
+            eval_every=200,
             log_every=20,
             checkpoint_every_steps=500,
         )

@@ -48,8 +48,8 @@ class SourceConfig:
       split: split of a tfds data set.
       start, stop: the part of the source to use, as fractions of it. The split goes by a hash of the prompt, so no prompt
         is on two sides of a cut: give training and evaluation parts of the same source.
-      size, seed, options: of a procedural task: number of examples, seed, parameters of the task. Other options: separator
-        (text: what stands between documents) and data_dir (tfds).
+      size, seed, options: of a procedural task: number of examples, seed, parameters of the task and query_pattern
+        (`data.tasks.Task`). Other options: separator (text: what stands between documents) and data_dir (tfds).
     """
 
     kind: str

@@ -4,6 +4,7 @@ Short enough for a byte-level CPU model: basic_arithmetic, chain_sum, spell_back
 grade-school word problems with a worked solution.
 """
 
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -25,7 +26,8 @@ class Task:
       size: number of examples.
       seed: seed of the examples. reasoning-gym draws example i from seed + i, so nearby seeds share examples: hold data out by
         a source's `start` and `stop`, not by another seed.
-      options: the data set's own parameters, such as {"max_terms": 2}.
+      options: the data set's own parameters, such as {"max_terms": 2}; and query_pattern, a regular expression whose first
+        group, found in the question, is the query: leaves out instructions that are the same in every question.
 
     Raises:
       UserError: reasoning-gym is not installed, or it does not know the name or an option.
@@ -37,6 +39,8 @@ class Task:
         except ImportError as error:
             raise UserError(f"the procedural task {name!r} needs the reasoning-gym library ({error}). Install it: "
                             "pip install 'refusion_jax[demo]'.") from error
+        options = dict(options)
+        self._pattern = options.pop("query_pattern", "(?s)(.*)")
         try:
             self._data = reasoning_gym.create_dataset(name, size=size, seed=seed, **options)
         except (TypeError, AssertionError, ValueError) as error:
@@ -50,7 +54,10 @@ class Task:
     def __getitem__(self, i: int) -> tuple[str, str]:
         """Returns (query, response); the response is the worked solution where the task has one, else the answer."""
         entry = self._data[i]
-        return entry["question"], entry["metadata"].get("answer_cot", entry["answer"])
+        query = re.search(self._pattern, entry["question"])
+        if query is None:
+            raise UserError(f"query_pattern {self._pattern!r} is not found in the question {entry['question'][:100]!r}. Mend the option.")
+        return query.group(1), entry["metadata"].get("answer_cot", entry["answer"])
 
     def score(self, i: int, generated: str) -> float:
         """reasoning-gym's score of a generated response to example i: 1 for a correct final answer, less for anything else."""
