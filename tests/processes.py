@@ -32,7 +32,7 @@ def start(command: list, *, folder: pathlib.Path, processes: int = 1, devices: i
     return started
 
 
-def finish(started: list[subprocess.Popen], folder: pathlib.Path, timeout: float = 120) -> tuple[list[int], list[str]]:
+def finish(started: list[subprocess.Popen], folder: pathlib.Path, timeout: float = 300) -> tuple[list[int], list[str]]:
     """Exit codes and outputs; a process that still runs after `timeout` seconds fails the test."""
     end = time.monotonic() + timeout
     try:
@@ -44,7 +44,7 @@ def finish(started: list[subprocess.Popen], folder: pathlib.Path, timeout: float
     return codes, [(folder / f"{index}.log").read_text() for index in range(len(started))]
 
 
-def wait_for(pattern: str, log: pathlib.Path, process: subprocess.Popen, timeout: float = 120) -> None:
+def wait_for(pattern: str, log: pathlib.Path, process: subprocess.Popen, timeout: float = 300) -> None:
     """Returns as soon as `process` has printed something that matches `pattern`."""
     end = time.monotonic() + timeout
     while not re.search(pattern, log.read_text()):
