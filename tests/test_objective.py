@@ -285,3 +285,11 @@ def test_weight_cap_bounds_the_masking_weight():
     plain, capped = (12 * many("released", 12, (4,), cap=cap)[3] for cap in (0.0, 3.0))
     assert plain.max() > 6
     np.testing.assert_allclose(capped, np.minimum(plain, 3.0), rtol=1e-6)
+
+
+def test_masking_weight_is_one_over_probability_and_response_length():
+    """The probability is the pass's own, whatever the response: so weights of two responses are as their lengths."""
+    short, long = many("released", 12, (4,))[3][:800].max(axis=1), many("released", 256, (4,), count=800)[3].max(axis=1)
+    both = (short > 0) & (long > 0)
+    assert both.sum() > 400
+    np.testing.assert_allclose(12 * short[both], 256 * long[both], rtol=1e-6)
