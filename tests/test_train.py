@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import pathlib
 import resource
 import signal
 import subprocess
@@ -272,7 +273,7 @@ def test_impossible_runs_are_refused(change, message, config, tmp_path):
         value = dataclasses.replace(getattr(config, name), **value) if isinstance(value, dict) else value
         config = dataclasses.replace(config, **{name: value})
     with pytest.raises(UserError, match=message.format(tmp=tmp_path)):
-        train_lib.train(config, type(tmp_path)(workdir))
+        train_lib.train(config, pathlib.Path(workdir))
 
 
 # --- The command.
