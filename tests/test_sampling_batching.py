@@ -197,6 +197,7 @@ def test_temporaries_do_not_grow_with_the_cache():
     def temporaries(cache_length):
         state = jax.eval_shape(lambda: sampler.empty(2, cache_length))
         compiled = batching.run.lower(sampler, params, state, Settings.of(CONFIG), 1, 1).compile()
+        assert "callback" not in compiled.as_text(), "the loop never asks the host"
         return compiled.memory_analysis().temp_size_in_bytes, 2 * state.cache.k.size * 4
 
     (small, small_cache), (large, large_cache) = temporaries(256), temporaries(2048)

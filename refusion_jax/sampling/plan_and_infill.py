@@ -153,12 +153,13 @@ class PlanAndInfill:
         rows, committed = jax.vmap(self.advance, (0, 0, 0, None))(state.rows, window, reduced, settings)
         return State(cache=cache.commit(committed), rows=rows)
 
-    def forward(self, params, tokens, positions, cache, mask):
+    def forward(self, params: dict, tokens: jax.Array, positions: jax.Array, cache: KVCache, mask: jax.Array) -> tuple[jax.Array, KVCache]:
         return Qwen3(self.model).apply({"params": params}, tokens, positions, cache=cache, window_mask=mask)
 
     # ------------------------------------------------------------------ what a row forwards
 
     def layout(self, row: Row, settings: Settings) -> Window:
+        """The window of a row in whatever phase it is."""
         n, k, c = self.slots, self.slot_size, self.chunks
         slot, column = jnp.arange(n), jnp.arange(k)
         planning = row.phase == PLAN
@@ -234,7 +235,8 @@ class PlanAndInfill:
         eos_at = self.first(row.fill == self.model.eos_token_id)
 
         # -- Verify: the leading run of accepted tokens of all drafts together.
-        reached = row.chosen & (jnp.cumsum(row.chosen & (run < k)) - (row.chosen & (run < k)) == 0)  # all slots before it are accepted
+        stops = row.chosen & (run < k)
+        reached = row.chosen & (jnp.cumsum(stops) <= stops)  # every slot before it is accepted
         eos_slot = self.first(reached & (eos_at < run))
         verified = jnp.where(eos_slot < n, reached & (slot <= eos_slot), reached & (run == k))
         commit_verified = verifying & verified.any()
@@ -256,11 +258,12 @@ class PlanAndInfill:
         behind = column >= prefix[:, None]
         fill = jnp.where(behind, jnp.where(predict[:, None], main.top, at_stop(guess.top)), row.fill)
         confidence = jnp.where(behind, jnp.where(predict[:, None], main.top_prob, at_stop(guess.top_prob)), row.confidence)
-        full = row.chosen & ((prefix == k) | (self.first(fill == self.model.eos_token_id) < prefix))
-        predicting = row.chosen & ~predict & ~guessed & ~full
-        last = self.first(row.chosen & (self.first(fill == self.model.eos_token_id) < prefix))
-        alive = row.chosen & (slot <= last)
-        completed = (completing | (verifying & (alive.sum() == 1))) & (full | ~alive).all() & ~commit_verified
+        has_eos = row.chosen & (self.first(fill == self.model.eos_token_id) < prefix)
+        final = has_eos | (prefix == k)
+        predicting = row.chosen & ~predict & ~guessed & ~final
+        last = self.first(has_eos)
+        alive = row.chosen & (slot <= last)  # what is behind an EOS is discarded
+        completed = (completing | (verifying & (alive.sum() == 1))) & (final | ~alive).all() & ~commit_verified
 
         # -- Commit a prefix of the main chunks.
         commit = commit_verified | completed
