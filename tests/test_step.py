@@ -1,0 +1,254 @@
+"""The training step: the same whatever the mesh and the accumulation, and what its optimizer and its program do."""
+
+import dataclasses
+import functools
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from refusion_jax import step as steps_lib
+from refusion_jax.config import Config, DataConfig, ObjectiveConfig, OptimizerConfig
+from refusion_jax.errors import UserError
+from refusion_jax.model.config import ModelConfig
+from refusion_jax.objective.slots import PackedBatch, corrupt
+from refusion_jax.parallel.mesh import make_mesh
+
+MODEL = ModelConfig(
+    vocab_size=88, logical_vocab_size=83, hidden_size=32, intermediate_size=64, num_layers=2, num_heads=4, num_kv_heads=2, head_dim=8,
+    tie_embeddings=True, mask_token_id=80, attention="xla",
+)  # fmt: skip
+ROWS, LENGTH = 16, 48
+CONFIG = Config(
+    model=MODEL,
+    data=DataConfig(max_length=LENGTH),
+    objective=ObjectiveConfig(slot_sizes=(4, 8), loss_chunk=16, ar_weight=0.3, mdm_weight=0.7),
+    optimizer=OptimizerConfig(lr=1e-2, schedule="constant", clip_norm=1e9),
+    batch_size=ROWS,
+)
+
+
+def uneven_batch(seed=0, rows=ROWS, length=LENGTH):
+    """Row r holds up to 1 + r // 3 examples: devices and microbatches have very different numbers of targets, one row none."""
+    rng = np.random.default_rng(seed)
+    lengths, prompts = np.zeros((rows, 6), np.int32), np.zeros((rows, 6), np.int32)
+    for r in range(1, rows):
+        for e in range(1 + r // 3):
+            prompt, response = rng.integers(1, 4), rng.integers(1, 14)
+            if lengths[r].sum() + prompt + response > length:
+                break
+            lengths[r, e], prompts[r, e] = prompt + response, prompt
+    ids = rng.integers(0, 2**32, (rows, 6), dtype=np.uint32)
+    return PackedBatch(rng.integers(0, 80, (rows, length)).astype(np.int32), prompts, lengths, ids)
+
+
+def mesh_of(*shape):
+    return make_mesh(*shape, devices=jax.devices()[: np.prod(shape)])
+
+
+@functools.cache
+def program_of(shape=(1, 1, 1), **changes):
+    return steps_lib.build(dataclasses.replace(CONFIG, **changes), mesh_of(*shape), 3)
+
+
+@functools.cache
+def run(shape=(1, 1, 1), **changes):
+    """Three steps on a mesh: parameters before, Adam's first moments after one step (a tenth of the gradient), parameters after, metrics."""
+    program = program_of(shape, **changes)
+    state = program.init(jax.random.key(1))
+    before, moments, metrics = jax.device_get(state.params), None, []
+    for step in range(3):
+        state, values = program.train(state, uneven_batch(step))
+        moments = moments or jax.device_get(optax.tree.get(state.opt_state, "mu"))
+        metrics.append({name: float(x) for name, x in values.items()})
+    return before, moments, jax.device_get(state.params), metrics
+
+
+# --- One answer on any mesh.
+
+SPLITS = {"2x2x2": ((2, 2, 2), {}), "2x1x1, accumulation 4": ((2, 1, 1), {"accumulation": 4})}
+
+
+@pytest.mark.parametrize("split", SPLITS)
+def test_mesh_and_accumulation_change_nothing(split):
+    shape, changes = SPLITS[split]
+    (start, gradient, end, expected), (split_start, split_gradient, split_end, actual) = run(), run(shape, **changes)
+    jax.tree.map(np.testing.assert_array_equal, split_start, start)  # the same random parameters
+    jax.tree.map(lambda a, e: np.testing.assert_allclose(a, e, rtol=1e-4, atol=1e-7), split_gradient, gradient)
+    for step, (a, e) in enumerate(zip(actual, expected, strict=True)):
+        assert a.keys() == e.keys()
+        for name in e:
+            np.testing.assert_allclose(a[name], e[name], rtol=1e-5 if name != "grad_norm" else 1e-4, err_msg=f"step {step} {name}")
+    # Adam divides small gradients by themselves, so parameters are compared to the size of an update, 1e-2 here.
+    jax.tree.map(lambda a, e: np.testing.assert_allclose(a, e, atol=2e-4), split_end, end)
+
+
+def test_metrics_are_those_of_the_batch():
+    batch, (before, _, after, metrics) = uneven_batch(), run()
+    first = metrics[0]
+    assert first["tokens"] == batch.lengths.sum() and first["examples"] == (batch.lengths > 0).sum()
+    assert first["token_pairs"] == (batch.lengths.astype(float) * (batch.lengths + 1) / 2).sum()
+    assert 0 < first["ar_tokens"] and 0 < first["mdm_tokens"]
+    assert first["ar_tokens"] + first["mdm_tokens"] < (batch.lengths - batch.prompt_lengths).sum()
+    np.testing.assert_allclose(first["ar_loss"], np.log(83), rtol=0.1)  # random parameters know nothing
+    np.testing.assert_allclose(metrics[-1]["param_norm"], optax.tree.norm(after), rtol=1e-5)
+    assert metrics[0]["param_norm"] != pytest.approx(float(optax.tree.norm(before)), rel=1e-6)
+
+
+def test_terms_are_weighted():
+    """0.3 L_AR + 0.7 L_MDM is what CONFIG asks for."""
+    for values in run()[3]:
+        np.testing.assert_allclose(values["loss"], 0.3 * values["ar_loss"] + 0.7 * values["mdm_loss"], rtol=1e-5)
+
+
+def test_terms_without_targets_are_zero_and_gradients_finite():
+    """No example at all; responses of one token, without autoregressive targets; examples that happen to get no mask."""
+    program, batch = program_of(), uneven_batch()
+    empty = batch.replace(lengths=np.zeros_like(batch.lengths), prompt_lengths=np.zeros_like(batch.lengths))
+    one_token = batch.replace(lengths=np.where(batch.lengths > 0, batch.prompt_lengths + 1, 0).astype(np.int32))
+    one_each = lambda length: np.tile(np.where(np.arange(6) == 0, length, 0).astype(np.int32), (ROWS, 1))
+    single = batch.replace(lengths=one_each(9), prompt_lengths=one_each(2))
+    inputs = jax.jit(corrupt, static_argnums=(2, 3))(jax.random.key(CONFIG.seed), single, CONFIG.objective, MODEL.mask_token_id)
+    clean = (np.asarray(inputs.terms["mdm"].weights) == 0).all(axis=1, keepdims=True)
+    no_mask = single.replace(lengths=single.lengths * clean, prompt_lengths=single.prompt_lengths * clean)
+    assert 0 < clean.sum() < ROWS
+    for nothing, absent in ((empty, {"ar", "mdm"}), (one_token, {"ar"}), (no_mask, {"mdm"})):
+        state = program.init(jax.random.key(1))
+        before = jax.device_get(state.params)
+        state, values = program.train(state, nothing)
+        for name in ("ar", "mdm"):
+            assert (values[f"{name}_tokens"] == 0) == (values[f"{name}_loss"] == 0) == (name in absent)
+        assert np.isfinite(values["grad_norm"]) and (values["grad_norm"] == 0) == (len(absent) == 2)
+        if len(absent) == 2:
+            jax.tree.map(np.testing.assert_array_equal, jax.device_get(state.params), before)
+
+
+def test_evaluation_sums_give_the_loss_of_the_whole_batch():
+    """Corruption differs from training's and is the same every time; parts of a batch add up to it."""
+    program = program_of()
+    params, batch = program.init(jax.random.key(1)).params, uneven_batch()
+    whole, again = (jax.device_get(program.evaluate(params, {}, batch)) for _ in range(2))
+    jax.tree.map(np.testing.assert_array_equal, whole, again)
+    front = (np.arange(ROWS) < ROWS // 2)[:, None].astype(np.uint8)
+    halves = [jax.device_get(program.evaluate(params, {}, jax.tree.map(lambda x: x * keep, batch))) for keep in (front, 1 - front)]
+    jax.tree.map(lambda w, a, b: np.testing.assert_allclose(a + b, w, rtol=1e-5), whole, *halves)
+    assert 0 < whole["mdm"]["tokens"] and 0 <= whole["mdm"]["correct"] <= whole["mdm"]["tokens"]
+
+
+# --- The program.
+
+
+def widest(program_text, vocab):
+    """Elements of the largest array with a vocabulary axis in an HLO program's text."""
+    shapes = [tuple(map(int, dims.split(","))) for dims in re.findall(r"\w+\[([\d,]+)\]", program_text)]
+    return max(int(np.prod(shape)) for shape in shapes if vocab in shape)
+
+
+def test_logits_of_the_whole_batch_never_exist():
+    """A vocabulary that is no other size in the program: its largest array is a chunk of logits, and memory follows the chunk."""
+    rows, length, vocab, chunk = 4, 96, 1013, 8
+
+    def compiled(chunk):
+        model = dataclasses.replace(MODEL, vocab_size=vocab, logical_vocab_size=vocab, num_layers=1)
+        config = dataclasses.replace(CONFIG, model=model, batch_size=rows, objective=ObjectiveConfig(loss_chunk=chunk))
+        program = steps_lib.build(config, mesh_of(1, 1, 1), 3)
+        return program.train.lower(program.abstract_state, jax.eval_shape(lambda: uneven_batch(rows=rows, length=length))).compile()
+
+    chunked, whole = compiled(chunk), compiled(length)
+    assert widest(whole.as_text(), vocab) >= rows * length * vocab  # so it would be seen
+    assert widest(chunked.as_text(), vocab) <= vocab * max(rows * chunk, MODEL.hidden_size)
+    saved = whole.memory_analysis().temp_size_in_bytes - chunked.memory_analysis().temp_size_in_bytes
+    assert saved > 4 * vocab * (rows * length - 2 * rows * chunk)
+
+
+def test_state_is_donated():
+    """The old state's memory is taken over by the new one."""
+    program = program_of((2, 2, 2))
+    state = program.init(jax.random.key(1))
+    after, _ = program.train(state, uneven_batch())
+    assert all(x.is_deleted() for x in jax.tree.leaves(state))
+    assert jax.tree.map(lambda x: x.sharding, after) == jax.tree.map(lambda x: x.sharding, program.abstract_state)
+
+
+def test_optimizer_state_is_sharded_like_the_parameters():
+    program = program_of((2, 2, 2))
+    state = program.init(jax.random.key(1))
+    query = state.params["layers"]["attention"]["query"]  # [L, D, N, H]: D over fsdp, N over tensor
+    assert query.sharding.shard_shape(query.shape) == (2, 16, 2, 8)
+    same_shape = [x for x in jax.tree.leaves(state.opt_state) if x.shape == query.shape]
+    assert same_shape and all(x.sharding == query.sharding for x in same_shape)
+
+
+# --- The optimizer.
+
+
+@pytest.mark.parametrize(
+    "schedule, warmup, expected",
+    [
+        ("cosine", 0, {0: 1.0, 50: 0.5, 100: 0.0}),
+        ("cosine", 20, {0: 0.0, 10: 0.5, 20: 1.0, 60: 0.5, 100: 0.0}),
+        ("constant", 0, {0: 1.0, 50: 1.0, 100: 1.0}),
+        ("constant", 20, {0: 0.0, 10: 0.5, 20: 1.0, 100: 1.0}),
+    ],
+)
+def test_learning_rate(schedule, warmup, expected):
+    rate = steps_lib.learning_rate(OptimizerConfig(lr=2.0, schedule=schedule, warmup_steps=warmup), 100)
+    assert {step: float(rate(step)) / 2.0 for step in expected} == pytest.approx(expected, abs=1e-6)
+
+
+def optimizer_step(config, params, grads):
+    optimizer = steps_lib.make_optimizer(config, 100)
+    updates, _ = optimizer.update(grads, optimizer.init(params), params)
+    return optax.apply_updates(params, updates)
+
+
+def test_weight_decay_spares_the_norms():
+    params = {"embed": {"embedding": jnp.full(3, 2.0)}, "layers": {"attention": {"query": jnp.full(3, 2.0), "query_norm": jnp.full(3, 2.0)}, "mlp_norm": {"scale": jnp.full(3, 2.0)}}}
+    config = OptimizerConfig(lr=0.1, schedule="constant", weight_decay=0.5)
+    after = optimizer_step(config, params, jax.tree.map(jnp.zeros_like, params))
+    for decayed in (after["embed"]["embedding"], after["layers"]["attention"]["query"]):
+        np.testing.assert_allclose(decayed, 2.0 * (1 - 0.1 * 0.5), rtol=1e-6)
+    for kept in (after["layers"]["attention"]["query_norm"], after["layers"]["mlp_norm"]["scale"]):
+        np.testing.assert_array_equal(kept, 2.0)
+
+
+def test_gradients_are_clipped_by_their_global_norm():
+    """With eps as large as the gradient an Adam step shows the gradient's size: lr g / (|g| + eps)."""
+    params = {"a": jnp.zeros(2), "b": jnp.zeros(2)}
+    grads = {"a": jnp.array([3.0, 0.0]), "b": jnp.array([0.0, 4.0])}  # norm 5
+    config = OptimizerConfig(lr=1.0, schedule="constant", eps=1.0, clip_norm=1.0)
+    after = optimizer_step(config, params, grads)
+    np.testing.assert_allclose(after["a"][0], -0.6 / 1.6, rtol=1e-5)
+    np.testing.assert_allclose(after["b"][1], -0.8 / 1.8, rtol=1e-5)
+    small = optimizer_step(config, params, jax.tree.map(lambda g: g / 10, grads))  # below the bound: as it is
+    np.testing.assert_allclose(small["a"][0], -0.3 / 1.3, rtol=1e-5)
+
+
+# --- Impossible programs.
+
+
+@pytest.mark.parametrize(
+    "shape, change, message",
+    [
+        ((1, 1, 8), {}, "tensor = 8 does not divide model.num_heads = 4"),
+        ((1, 1, 4), {}, "tensor = 4 does not divide model.num_kv_heads = 2"),
+        ((1, 3, 1), {"batch_size": 3}, "fsdp = 3 does not divide model.hidden_size = 32"),
+        ((8, 1, 1), {"batch_size": 12}, "batch_size = 12 .* multiple of 8"),
+        ((2, 2, 1), {"accumulation": 8}, "microbatches of 2 rows.* multiple of 32"),
+        ((1, 1, 1), {"model": dataclasses.replace(MODEL, mask_token_id=None)}, "mask_token_id"),
+    ],
+    ids=str,
+)
+def test_programs_that_do_not_fit_are_refused(shape, change, message):
+    with pytest.raises(UserError, match=message):
+        steps_lib.build(dataclasses.replace(CONFIG, **change), mesh_of(*shape), 3)
+
+
+@pytest.mark.parametrize("shape, message", [((3, 1, 1), "does not fit 8 devices"), ((-1, 3, 1), "does not fit 8 devices"), ((-1, -1, 1), "at most one is -1"), ((0, 1, 8), "positive")])
+def test_meshes_that_do_not_fit_the_devices_are_refused(shape, message):
+    with pytest.raises(UserError, match=message):
+        make_mesh(*shape)
+    assert dict(make_mesh(2, -1, 2).shape) == {"data": 2, "fsdp": 2, "tensor": 2}
