@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
-# Makes the environment and runs the tests; arguments go to pytest (default: all tests, the slowest listed).
+# Makes the environment and runs the tests, a worker per core; arguments go to pytest (default: all tests, the slowest listed).
 #
 #   launch/test.sh
 #   launch/test.sh tests/test_slots.py -x
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 REFUSION_EXTRAS=test source launch/env.sh
-[ $# -gt 0 ] || set -- tests -q --durations=15
+[ $# -gt 0 ] || set -- tests -q --numprocesses=auto --dist=loadfile --timeout=900 --durations=20
 exec python -m pytest "$@"
