@@ -1,6 +1,6 @@
 """Answers prompts with a trained or converted model.
 
-    python -m refusion_jax.generate --checkpoint runs/tiny --prompt "Spell this word backward (example: sun -> nus): refusion"
+    python -m refusion_jax.generate --checkpoint runs/tiny --prompt "refusion"
     python -m refusion_jax.generate --checkpoint runs/tiny --prompts questions.jsonl --out answers.jsonl
     python -m refusion_jax.generate --checkpoint GSAI-ML/ReFusion --interactive --show-order
 
@@ -9,7 +9,7 @@ In Python, text in and text out:
     from refusion_jax.generate import Decoder
 
     decoder = Decoder.load("runs/tiny")
-    for answer in decoder.generate(["Spell this word backward (example: sun -> nus): refusion"], slot_threshold=0.6):
+    for answer in decoder.generate(["refusion"], slot_threshold=0.6):
         print(answer.text, answer.generation.order, answer.generation.tokens_per_forward)
 """
 
@@ -28,6 +28,8 @@ from jax.sharding import Mesh
 
 from refusion_jax import display
 from refusion_jax.checkpoint import load, orbax
+from refusion_jax.config import SourceConfig
+from refusion_jax.data.sources import Source, open_source
 from refusion_jax.data.tokenizers import Tokenizer, load_tokenizer
 from refusion_jax.errors import UserError, run_main
 from refusion_jax.model.config import ModelConfig
@@ -129,6 +131,22 @@ def run_config(checkpoint: str, step: int | None = None) -> dict | None:
     return orbax.read_meta(folder, step)["config"] if load.is_orbax(folder) else None
 
 
+def held_out(checkpoint: str, step: int | None = None) -> list[Source]:
+    """The evaluation sources of the run that a checkpoint comes from: examples that it was not trained on.
+
+    Raises:
+      UserError: the checkpoint is not of a run with evaluation data that have prompts.
+    """
+    config = run_config(checkpoint, step)
+    if config is None:
+        raise UserError(f"{checkpoint} is not a training run of this project, so it has no held-out examples; name a run's --workdir, or give prompts.")
+    settings = [{**source, "options": tuple(map(tuple, source["options"]))} for source in config["data"]["evaluation"]]
+    sources = [open_source(SourceConfig(**source)) for source in settings if source["query_field"] and source["kind"] != "text"]
+    if not sources:
+        raise UserError(f"The run {checkpoint} has no evaluation data with prompts (config.data.evaluation); train with some, or give prompts.")
+    return sources
+
+
 def parse_mesh(text: str) -> Mesh:
     """A mesh from "data,fsdp,tensor"; over the first devices when the sizes ask for fewer than there are."""
     try:
@@ -143,9 +161,9 @@ def parse_mesh(text: str) -> Mesh:
 # --- The command line.
 
 
-def add_model_arguments(parser: argparse.ArgumentParser) -> None:
+def add_model_arguments(parser: argparse.ArgumentParser, required: bool = True) -> None:
     """Flags that say which model, and where it runs."""
-    parser.add_argument("--checkpoint", required=True, metavar="DIR", help="workdir of a run, converted checkpoint, Hugging Face folder or name")
+    parser.add_argument("--checkpoint", required=required, metavar="DIR", help="workdir of a run, converted checkpoint, Hugging Face folder or name")
     parser.add_argument("--step", type=int, help="of a run; default: the last")
     parser.add_argument("--tokenizer", default="", help="name, folder or 'bytes'; default: the checkpoint's own")
     parser.add_argument("--dtype", default="", choices=("float32", "bfloat16"), help="default: float32 on CPUs, bfloat16 elsewhere")
@@ -168,8 +186,12 @@ def add_sampler_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--method", choices=METHODS, help=f"default {of['method']}")
     group.add_argument("--speculate", choices=SPECULATE, help="put tokens that may be needed next into the same forward: fewer forwards, same tokens; default auto")
     add("window", int, "most tokens of a row's window with speculation; default 0: chosen")
-    group.add_argument("--batch-size", type=int, default=8, metavar="N", help="prompts decoded at a time; default 8")
-    group.add_argument("--seed", type=int, default=0, metavar="N", help="of sampling; default 0")
+
+
+def add_batch_arguments(parser: argparse.ArgumentParser) -> None:
+    """Flags of a call of `sampling.stream`."""
+    parser.add_argument("--batch-size", type=int, default=8, metavar="N", help="prompts decoded at a time; default 8")
+    parser.add_argument("--seed", type=int, default=0, metavar="N", help="of sampling; default 0")
 
 
 def decoder_of(arguments: argparse.Namespace) -> Decoder:
@@ -195,6 +217,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--skip-bad", action="store_true", help="report lines of --prompts that cannot be answered and do the others")
     parser.add_argument("--show-order", action="store_true", help="colour tokens by the round they were committed in")
     parser.add_argument("--color", choices=("auto", "always", "never"), default="auto", help="with --show-order; auto: numbers instead of colours when not on a terminal or with NO_COLOR")
+    add_batch_arguments(parser)
     add_sampler_arguments(parser)
     arguments = parser.parse_args(argv)
     if bool(arguments.prompts) != bool(arguments.out):
