@@ -46,7 +46,10 @@ def main() -> None:
     args = parser.parse_args()
     config = qwen3(args.size)
     sizes = {"num_layers": args.layers, "hidden_size": args.hidden, "intermediate_size": 3 * args.hidden, "vocab_size": args.vocab_rows}
-    config = dataclasses.replace(config, **{name: value for name, value in sizes.items() if value})
+    changes = {name: value for name, value in sizes.items() if value}
+    if args.vocab_rows:  # special ids are the tokenizer's to say
+        changes |= dict(logical_vocab_size=0, mask_token_id=None, begin_token_id=None, eos_token_id=None, pad_token_id=None)
+    config = dataclasses.replace(config, **changes)
     with new_folder(args.destination, print) as folder:
         write(folder, config, DTYPES[args.dtype], args.seed)
         if args.tokenizer:

@@ -51,8 +51,9 @@ def with_tokenizer(config: ModelConfig, tokenizer: Tokenizer, where: Any) -> Mod
     """
     if tokenizer.vocab_size > config.vocab_size:
         raise UserError(
-            f"{where}: the embedding table has {config.vocab_size} rows, but the tokenizer (with its two added tokens) has {tokenizer.vocab_size} ids. "
-            "Use the tokenizer the model was made for, or give the table rows with tools/convert_qwen3.py to-orbax --new-tokens mean."
+            f"{where}: the embedding table has {config.vocab_size} rows, but the tokenizer (with its two added tokens) has {tokenizer.vocab_size} ids; its mask id "
+            f"is {tokenizer.mask_id}. Use the tokenizer the model was made for, set config.model.vocab_size to at least {tokenizer.vocab_size} for a new model, or give "
+            "a checkpoint's table more rows with tools/convert_qwen3.py to-orbax --new-tokens mean."
         )
     if config.mask_token_id not in (None, tokenizer.mask_id):
         raise UserError(f"{where}: the model's mask_token_id is {config.mask_token_id}, the tokenizer's is {tokenizer.mask_id}. Use the tokenizer the model was made for.")
@@ -62,20 +63,29 @@ def with_tokenizer(config: ModelConfig, tokenizer: Tokenizer, where: Any) -> Mod
     )  # fmt: skip
 
 
-def load_tokenizer_for(source: str | pathlib.Path, step: int | None = None) -> Tokenizer:
-    """The tokenizer a checkpoint was made with.
+def tokenizer_source(source: str | pathlib.Path, step: int | None = None) -> str:
+    """What `load_tokenizer` takes for the tokenizer a checkpoint was made with: a folder, or the name it was given.
 
     Raises:
-      UserError: there is none in the folder, or it cannot be read.
+      UserError: the checkpoint has none.
     """
     folder = locate(source)
     place = folder / "tokenizer" if is_orbax(folder) else folder
     if any((place / name).exists() for name in TOKENIZER_FILES):
-        return load_tokenizer(str(place))
-    named = orbax.read_meta(folder, step).get("tokenizer") if is_orbax(folder) else None
+        return str(place)
+    named = orbax.read_meta(folder, step)["tokenizer"] if is_orbax(folder) else ""
     if not named:
         raise UserError(f"{place} holds no tokenizer (none of {', '.join(TOKENIZER_FILES)}). Copy the model's tokenizer files there, or name a tokenizer.")
-    return load_tokenizer(named)
+    return named
+
+
+def load_tokenizer_for(source: str | pathlib.Path, step: int | None = None) -> Tokenizer:
+    """The tokenizer a checkpoint was made with.
+
+    Raises:
+      UserError: there is none, or it cannot be read.
+    """
+    return load_tokenizer(tokenizer_source(source, step))
 
 
 def load_model_config(source: str | pathlib.Path, step: int | None = None) -> ModelConfig:
