@@ -4,7 +4,7 @@
 # Everything is left in runs/quickstart. Arguments go to the training: launch/quickstart.sh --config.seed=1
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
-workdir="${REFUSION_WORKDIR:-runs/quickstart}"
+workdir="${REFUSION_WORKDIR:-runs/quickstart}" # another folder for another try
 
 REFUSION_EXTRAS=demo source launch/env.sh
 export JAX_PLATFORMS="${JAX_PLATFORMS:-cpu}"
@@ -14,7 +14,7 @@ python -m refusion_jax.train --config configs/tiny.py --workdir "$workdir" "$@"
 echo "== loss curves"
 python tools/plot.py "$workdir" --out "$workdir/loss.png"
 echo "== held-out tasks: plan-and-infill against autoregressive decoding of the same model"
-python tools/evaluate_tasks.py --checkpoint "$workdir"
+python tools/evaluate_tasks.py --checkpoint "$workdir" --json "$workdir/tasks.json"
 echo "== a picture of one decoding"
 python tools/visualize_decode.py --checkpoint "$workdir" --out "$workdir/decode.png"
 

@@ -15,6 +15,7 @@ from processes import finish, start, wait_for
 
 import micro
 from refusion_jax.checkpoint import orbax
+from refusion_jax.errors import UserError
 
 STEPS = 60  # more than a chain of interruptions gets through
 
@@ -128,6 +129,12 @@ def test_interrupted_anywhere_is_never_interrupted(job):
     for name in chains:
         assert check_what_is_left(job, name)[-1] == STEPS
         assert job.history(name) == job.history("whole")
+
+
+@pytest.mark.parametrize("name", ["lr[1e-4]", "run*", "what?"])
+def test_folder_that_could_not_be_read_again_is_refused(name, tmp_path):
+    with pytest.raises(UserError, match="cannot hold checkpoints"):
+        orbax.Checkpoints(tmp_path / name)
 
 
 def test_finished_run_is_left_alone(job):

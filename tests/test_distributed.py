@@ -23,7 +23,7 @@ from refusion_jax.parallel import distributed
 from refusion_jax.parallel.mesh import make_mesh
 
 def main():
-    distributed.HEARTBEAT_TIMEOUT = 5
+    distributed.HEARTBEAT_TIMEOUT = 10
     distributed.initialize(timeout=int(sys.argv[2]))
     index = jax.process_index()
     if sys.argv[1] == "disagree":
@@ -150,12 +150,12 @@ def test_slurm_step_of_one_task_is_one_process():
 # --- The training job.
 
 STEPS = 12
-# The trainer with a short heartbeat, so that the test of a killed process need not wait a minute.
+# The trainer with another heartbeat, so that the test of a killed process need not wait a minute.
 TRAINER = """
 from refusion_jax import train
 from refusion_jax.errors import run_main
 from refusion_jax.parallel import distributed
-distributed.HEARTBEAT_TIMEOUT = 5
+distributed.HEARTBEAT_TIMEOUT = {heartbeat}
 run_main(train.main)
 """
 
@@ -167,13 +167,13 @@ class Job:
         self.folder = folder
         micro.write_examples(folder / "data.json")
 
-    def start(self, name: str, processes: int) -> list:
+    def start(self, name: str, processes: int, heartbeat: int = 120) -> list:
         logs = self.folder / name
         logs.mkdir(exist_ok=True)
         mesh = [f"--config.mesh.{axis}=2" for axis in ("data", "fsdp", "tensor")]
         config = f"{pathlib.Path(micro.__file__)}:steps={STEPS},data={self.folder / 'data.json'}"
         return start(
-            ["-c", TRAINER, "--config", config, *mesh, "--config.data.evaluation=[]", "--config.keep_last=99", "--workdir", logs / "run"],
+            ["-c", TRAINER.format(heartbeat=heartbeat), "--config", config, *mesh, "--config.data.evaluation=[]", "--config.keep_last=99", "--workdir", logs / "run"],
             folder=logs, processes=processes, devices=8 // processes,
             JAX_COMPILATION_CACHE_DIR=str(self.folder / "compiled"), JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS="0",
         )  # fmt: skip
@@ -244,10 +244,9 @@ def assert_same(job: Job, name: str, other: str) -> None:
         np.testing.assert_array_equal(ours[key], theirs[key], err_msg=key)
 
 
-@pytest.mark.parametrize("whom", [[1], [0, 1]])
-def test_signal_saves_on_both_and_the_run_resumes(job, whom):
+@pytest.mark.parametrize("name, whom", [("signal to one", [1]), ("signal to both", [0, 1])])
+def test_signal_saves_on_both_and_the_run_resumes(job, name, whom):
     """A preemption notice to one process, and to all of them as Slurm sends it."""
-    name = f"signal to {whom}"
     started = job.start(name, 2)
     wait_for(r"step 3/", job.folder / name / "0.log", started[0])
     for index in whom:
@@ -262,7 +261,7 @@ def test_signal_saves_on_both_and_the_run_resumes(job, whom):
 @pytest.mark.parametrize("index", [0, 1])
 def test_killed_process_stops_the_other_and_the_run_resumes(job, index):
     name = f"killed {index}"
-    started = job.start(name, 2)
+    started = job.start(name, 2, heartbeat=10)
     wait_for(r"step 5/", job.folder / name / "0.log", started[0])
     started[index].kill()
     codes, outputs = finish(started, job.folder / name)

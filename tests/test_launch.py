@@ -1,13 +1,20 @@
 """The launch scripts: valid shell, dry runs that tell the truth, commands that the trainer accepts."""
 
+import argparse
+import json
 import os
 import pathlib
+import re
 import shlex
 import shutil
 import subprocess
+import sys
 
 import pytest
 import yaml
+
+import micro
+from refusion_jax import config as config_lib
 
 ROOT = pathlib.Path(__file__).parent.parent
 LAUNCH = ROOT / "launch"
@@ -44,6 +51,11 @@ def bash(*command, cwd="/", **environ) -> subprocess.CompletedProcess:
         ["bash", *map(str, command)], cwd=cwd, env={"PATH": os.environ["PATH"], "HOME": os.environ.get("HOME", "/")} | environ,
         capture_output=True, text=True, timeout=60,
     )  # fmt: skip
+
+
+def test_trainer_has_the_flags_that_the_scripts_use():
+    done = subprocess.run([sys.executable, "-m", "refusion_jax.train", "--help"], capture_output=True, text=True, check=True)
+    assert "--config" in done.stdout and "--workdir" in done.stdout
 
 
 def dry_run(arguments: list[str], train: list[str]) -> str:
@@ -83,6 +95,12 @@ def test_dry_run_prints_a_command_that_the_trainer_accepts(case):
     arguments, added = STARTS[case]
     commands = train_arguments(dry_run(arguments, TRAIN))
     assert commands == [TRAIN + added] * (2 if "processes" in case else 1)
+    parser = argparse.ArgumentParser()
+    config_lib.add_config_arguments(parser)
+    parser.add_argument("--workdir")
+    _, config = config_lib.parse_config(parser, commands[0])
+    assert config.optimizer.lr == 1e-5
+    assert config.mesh.data == (2 if "2 slices" in case else 1)
 
 
 def stubs(folder: pathlib.Path, *names: str) -> str:
@@ -217,3 +235,49 @@ def test_local_processes_get_their_number_and_the_first_failure_is_the_result(cl
     calls.unlink()
     assert bash(clone / "launch/local_cpu.sh", *TRAIN, **environ).returncode == 0
     assert calls.read_text().splitlines() == [f"8    {train}"]
+
+
+def test_notebook_runs_from_top_to_bottom(tmp_path, monkeypatch):
+    """Cell after cell as IPython would, with a small run in place of the one in the settings; %pip is left out."""
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setenv("PATH", f"{pathlib.Path(sys.executable).parent}:{os.environ['PATH']}")
+    monkeypatch.setenv("XLA_FLAGS", "")
+    micro.write_examples(tmp_path / "data.json")
+    settings = {
+        "CONFIG": f"tests/micro.py:steps=6,data={tmp_path / 'data.json'}", "WORKDIR": str(tmp_path / "run"), "EXAMPLES": 3, "REPOSITORY": "",
+    }  # fmt: skip
+    printed = []
+
+    def shell(command: str) -> None:
+        done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, check=False)
+        assert done.returncode == 0, f"{command}\n{done.stdout}\n{done.stderr}"
+        printed.append(done.stdout)
+
+    names = {"shell": shell}
+    cells = [cell for cell in json.loads((LAUNCH / "colab.ipynb").read_text())["cells"] if cell["cell_type"] == "code"]
+    for cell in cells:
+        code = "".join(cell["source"])
+        assert cell["outputs"] == []
+        code = re.sub(r"(?m)^( *)!(.*)$", r"\1shell(f'''\2''')", code)
+        code = re.sub(r"(?m)^( *)%pip .*$", r"\1pass", code)
+        exec(compile(code, "colab.ipynb", "exec"), names)  # noqa: S102
+        if "parameters" in cell["metadata"].get("tags", []):
+            assert set(settings) <= set(names)
+            names |= settings
+    assert (tmp_path / "run" / "loss.png").stat().st_size > 1000
+    assert (tmp_path / "run" / "decode.png").stat().st_size > 1000
+    text = "\n".join(printed)
+    assert "step 6/6" in text and "plan_and_infill" in text and "autoregressive" in text
+
+
+def test_quickstart_runs_the_commands_in_order(clone, tmp_path):
+    calls = tmp_path / "calls"
+    environ = {"REFUSION_PYTHON": str(tmp_path / "python"), "CALLS": str(calls), "REFUSION_WORKDIR": str(tmp_path / "run")}
+    (tmp_path / "run").mkdir()
+    done = bash(clone / "launch/quickstart.sh", "--config.seed=1", **environ)
+    assert done.returncode == 0, done.stderr
+    install, train, *tools = [line.split() for line in calls.read_text().splitlines()]
+    assert install[-1] == f"{clone}[demo]"
+    assert train == ["-m", "refusion_jax.train", "--config", "configs/tiny.py", "--workdir", str(tmp_path / "run"), "--config.seed=1"]
+    for name, *_ in tools:
+        assert (ROOT / name).is_file()

@@ -220,6 +220,7 @@ def to_orbax(
 
         return stream.Stream(shape, target, read)
 
+    orbax.check_folder_name(destination)
     with new_folder(destination, say) as partial:
         if vocabulary:
             vocabulary.save(partial / "tokenizer")

@@ -43,6 +43,13 @@ def steps_in(folder: str | pathlib.Path) -> list[int]:
     return sorted(int(p.name) for p in root.iterdir() if p.name.isdigit() and (p / "_CHECKPOINT_METADATA").exists()) if root.is_dir() else []
 
 
+def check_folder_name(folder: str | pathlib.Path) -> None:
+    """Raises a UserError for a name that Orbax would take for a pattern, and then leave checkpoints there unfinished."""
+    found = sorted(set("*?[") & set(str(pathlib.Path(folder).absolute())))
+    if found:
+        raise UserError(f"The folder {folder} cannot hold checkpoints: its path has a {' and a '.join(found)}. Choose another name.")
+
+
 def checkpoint_path(folder: str | pathlib.Path, step: int | None = None) -> pathlib.Path:
     """Path of a complete checkpoint, the latest one by default.
 
@@ -123,8 +130,9 @@ class Checkpoints:
         """Opens, or starts, the checkpoints in `folder`.
 
         Raises:
-          UserError: the folder cannot be written.
+          UserError: the folder cannot be written, or has a name that cannot be used.
         """
+        check_folder_name(folder)
         self._folder = pathlib.Path(folder).absolute()
         # A checkpoint that was not evaluated is worse than any that was. Orbax writes losses down, for the next start, only with a best_fn.
         loss = lambda metrics: math.inf if metrics["loss"] is None else metrics["loss"]
