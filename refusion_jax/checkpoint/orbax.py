@@ -21,6 +21,7 @@ from jax.sharding import Mesh
 from orbax.checkpoint import checkpoint_managers
 
 from refusion_jax import __version__, lora
+from refusion_jax.checkpoint import stream
 from refusion_jax.config import LoraConfig
 from refusion_jax.errors import UserError
 from refusion_jax.model.config import ModelConfig
@@ -159,8 +160,10 @@ class Checkpoints:
           UserError: this or an earlier save could not be written (disk full, no permission); earlier checkpoints stay whole.
         """
         step = meta["step"]
+        # In pieces of few layers, so that an export can read a large model a layer at a time.
+        pieces = jax.tree.map(lambda _: ocp.SaveArgs(chunk_byte_size=stream.CHUNK_BYTES, shard_axes=(0,)), state.params)
         items = {
-            "params": ocp.args.StandardSave(state.params),
+            "params": ocp.args.StandardSave(state.params, pieces),
             "optimizer": ocp.args.StandardSave({"step": state.step, "state": state.opt_state}),
             "data": ocp.args.JsonSave({"next_row": next_row}),
             "meta": ocp.args.JsonSave(meta),
