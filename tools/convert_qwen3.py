@@ -11,6 +11,8 @@ import os
 
 os.environ["JAX_PLATFORMS"] = "cpu"  # nothing is computed: leave accelerators to others
 
+from absl import logging  # noqa: E402
+
 from refusion_jax.checkpoint import convert  # noqa: E402
 from refusion_jax.errors import run_main  # noqa: E402
 
@@ -32,6 +34,7 @@ def main() -> None:
             command.add_argument("--step", type=int, default=None, help="of the checkpoint; the last unless given")
             command.add_argument("--shard-gb", type=float, default=4.0, help="largest file, in GB")
     args = parser.parse_args()
+    logging.set_verbosity(logging.FATAL)  # Orbax logs its threads' errors as tracebacks; they arrive here as one paragraph
     if args.command == "to-orbax":
         convert.to_orbax(args.source, args.destination, dtype=args.dtype, tokenizer=args.tokenizer, new_tokens=args.new_tokens, vocab_rows=args.vocab_rows, dry_run=args.dry_run)
     else:

@@ -118,9 +118,9 @@ def resolve(source: str | pathlib.Path) -> pathlib.Path:
     try:
         return pathlib.Path(huggingface_hub.snapshot_download(str(source), allow_patterns=["*.safetensors", "*.json", "*.txt", "*.jinja"]))
     except Exception as error:  # the hub's own kinds, the network library's, or OSError
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
         raise UserError(
-            f"There is no folder {str(source)!r}, and as a name on the Hugging Face hub it could not be downloaded: {reason} "
+            f"There is no folder {str(source)!r}, and as a name on the Hugging Face hub it could not be downloaded: {reason}. "
             "Check the name and the network, or give a folder with the downloaded files."
         ) from None
 
