@@ -231,6 +231,18 @@ class TestTpuCompiler:
         for c in hlo.collective_list(compiled.as_text(), mesh):
             assert c.conditional or c.kind != "all-gather" or c.bytes < weight, c
 
+    def test_only_the_data_axis_crosses_slices(self):
+        """Two slices: weights are gathered inside a slice; between slices only one device's shard of their gradient is summed."""
+        mesh = make_mesh(2, 4, 1, devices=compile_step.topology_devices("v5e:2x2", slices=2))
+        place = lambda shape, *spec: jax.ShapeDtypeStruct(shape, jnp.bfloat16, sharding=jax.sharding.NamedSharding(mesh, jax.P(*spec)))
+        w, x = place((512, 1024), "fsdp"), place((64, 128, 512), ("data", "fsdp"))
+        gradient = jax.jit(lambda x, w: jax.grad(lambda w: jnp.sum(jnp.sin(x @ w)).astype(jnp.float32))(w), out_shardings=w.sharding)
+        compiled, _ = compile_step.compile_program(gradient.lower(x, w), "v5e:2x2")
+        found = hlo.collective_list(compiled.as_text(), mesh)
+        assert {c.axes for c in found if c.kind in ("all-gather", "reduce-scatter")} == {("fsdp",)}
+        (between,) = [c for c in found if "data" in c.axes]
+        assert (between.kind, between.bytes) == ("all-reduce", 512 * 1024 * 2 / 4)
+
     def test_a_topology_that_is_too_small_says_by_how_much(self):
         mesh = make_mesh(1, 4, 1, devices=compile_step.topology_devices("v5e:2x2"))
         large = jax.ShapeDtypeStruct((4, 2**32), jnp.float32, sharding=jax.sharding.NamedSharding(mesh, jax.P("fsdp")))

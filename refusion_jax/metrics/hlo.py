@@ -101,6 +101,8 @@ def collective_list(text: str, mesh: Mesh) -> list[Collective]:
     found: dict[object, Collective] = {}
     for name, lines in bodies.items():
         for number, line in enumerate(lines):
+            if counts[name] and "_xla_megascale_transfer_type" in line and " send(" in line:
+                found[name, number] = _between_slices(line, mesh, counts[name], not certain[name])
             match = _COLLECTIVE.match(line)
             if not match or not counts[name]:
                 continue
@@ -131,6 +133,18 @@ def collective_list(text: str, mesh: Mesh) -> list[Collective]:
             old = found.get(key)
             found[key] = new if old is None or new.bytes * new.runs > old.bytes * old.runs else old
     return list(found.values())
+
+
+def _between_slices(line: str, mesh: Mesh, runs: int, conditional: bool) -> Collective:
+    """A collective that TPU slices do over the network through their hosts: a send of one device's part."""
+    slices = np.vectorize(lambda d: d.slice_index)(mesh.devices)
+    count = len(np.unique(slices))
+    axes = tuple(name for i, name in enumerate(mesh.axis_names) if np.ptp(slices, axis=i).any())
+    kind = re.search(r'_xla_megascale_transfer_type="(\w+)"', line).group(1).lower().replace("_", "-")
+    shapes = tuple(arrays(line.split(" send(")[0])[:1])
+    size = sum(array_bytes(*a) for a in shapes)
+    source = re.search(r'_xla_host_transfer_rendezvous="([^"]*)"', line)
+    return Collective(kind, axes, shapes, 2 * size * (count - 1) / count if kind == "all-reduce" else size, runs, conditional, source.group(1) if source else "")
 
 
 def _group(line: str, devices: int) -> list[int]:
