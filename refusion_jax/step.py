@@ -56,7 +56,7 @@ def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransfo
 
 
 def compute_params(params: dict, dtype: str) -> dict:
-    """Matrices in the compute dtype, once per step and before any gather; norm scales stay float32."""
+    """Matrices in the compute dtype, all at once and before any gather over fsdp; norm scales stay float32."""
     cast = lambda path, p: p if "norm" in jax.tree_util.keystr(path) else p.astype(dtype)
     return jax.tree_util.tree_map_with_path(cast, params)
 
@@ -165,6 +165,7 @@ class Program:
 
     Attributes:
       init: key -> TrainState with random parameters (without adapters) or random adapters over an empty base.
+      start: parameters -> TrainState at step 0; the parameters are donated.
       train: (state, batch) -> (state, metrics); the state is donated.
       evaluate: (params, frozen, batch) -> sums.
       abstract_state: TrainState of sharded jax.ShapeDtypeStructs.
@@ -173,6 +174,7 @@ class Program:
 
     mesh: Mesh
     init: OnMesh
+    start: OnMesh
     train: OnMesh
     evaluate: OnMesh
     abstract_state: TrainState
@@ -211,10 +213,8 @@ def build(config: Config, mesh: Mesh, steps: int) -> Program:
         new_params = lambda key: nn.unbox(init_params(config.model, key))
         frozen_shardings = abstract_frozen = {}
 
-    def init(key: jax.Array) -> TrainState:
-        params = new_params(key)
-        return TrainState(jnp.int32(0), params, optimizer.init(params), {})
-
+    start = lambda params: TrainState(jnp.int32(0), params, optimizer.init(params), {})
+    init = lambda key: start(new_params(key))
     abstract = jax.eval_shape(init, jax.random.key(0))
     replicated = sharding.replicated(mesh)
     opt_shardings = optax.tree_utils.tree_map_params(
@@ -228,6 +228,7 @@ def build(config: Config, mesh: Mesh, steps: int) -> Program:
     return Program(
         mesh=mesh,
         init=on_mesh(init, out_shardings=shardings),
+        start=on_mesh(start, in_shardings=(param_shardings,), out_shardings=shardings, donate_argnums=0),
         train=on_mesh(
             lambda state, batch: train_step(config, optimizer, state, batch),
             in_shardings=(with_base, rows), out_shardings=(with_base, replicated), donate_argnums=0,

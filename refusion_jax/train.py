@@ -21,7 +21,7 @@ from refusion_jax import step as steps_lib
 from refusion_jax.checkpoint import load, orbax
 from refusion_jax.config import Config, add_config_arguments, parse_config
 from refusion_jax.data import pipeline
-from refusion_jax.data.tokenizers import Tokenizer, check_tokenizer, load_tokenizer
+from refusion_jax.data.tokenizers import Tokenizer, load_tokenizer
 from refusion_jax.errors import UserError, run_main
 from refusion_jax.metrics import flops
 from refusion_jax.metrics.writers import Metrics, Progress
@@ -36,12 +36,7 @@ def with_tokenizer(config: Config, tokenizer: Tokenizer) -> Config:
     Raises:
       UserError: the model's table has no row for the tokenizer's ids, or was made for another mask id.
     """
-    check_tokenizer(tokenizer, config.model.vocab_size, config.model.mask_token_id)
-    model = dataclasses.replace(
-        config.model, logical_vocab_size=tokenizer.vocab_size, mask_token_id=tokenizer.mask_id,
-        begin_token_id=tokenizer.begin_id, eos_token_id=tokenizer.eos_id, pad_token_id=tokenizer.pad_id,
-    )  # fmt: skip
-    return dataclasses.replace(config, model=model)
+    return dataclasses.replace(config, model=load.with_tokenizer(config.model, tokenizer, "config.model"))
 
 
 def local_rows(batch_sharding: NamedSharding, batch_size: int) -> np.ndarray:
@@ -93,12 +88,12 @@ def train(config: Config, workdir: pathlib.Path) -> dict[str, float]:
     if checkpoints.latest_step() is not None:
         state, next_row = checkpoints.restore(program.abstract_state, meta)
         progress.say(f"resumed from step {int(state.step)} in {workdir}")
+    elif config.init_from and not config.lora.rank:
+        params = load.load_params(config.init_from, config.model, mesh, sharding.TRAIN_RULES, dtype="float32")
+        state = program.start(params)
+        progress.say(f"weights from {config.init_from}")
     else:
         state = program.init(jax.random.key(config.seed))
-        if config.init_from and not config.lora.rank:
-            params = load.load_params(config.init_from, config.model, mesh, sharding.TRAIN_RULES, dtype="float32")
-            state = state.replace(params=params)
-            progress.say(f"weights from {config.init_from}")
     if config.lora.rank:
         if not config.init_from:
             raise UserError("config.lora.rank is set but config.init_from is empty: adapters need a base. Set config.init_from to a checkpoint.")
@@ -171,19 +166,19 @@ def train(config: Config, workdir: pathlib.Path) -> dict[str, float]:
                 checkpoints.save(state, next_row + (step - first) * config.batch_size, {**meta, "step": step}, evaluation["loss"] if evaluating else None)
                 last_save = time.monotonic()
             meter.restart()
-        if stopping and step < total:
-            checkpoints.close()
-            progress.say(f"stopped after step {step}; start again with --workdir {workdir} to go on")
-            return evaluation
+        if stopping:
+            break
     checkpoints.close()
     metrics_file.close()
-    progress.say(f"done: {workdir} is at step {total}")
+    stop.close()
+    progress.say(f"done: {workdir} is at step {total}" if step == total else f"stopped after step {step}; start again with --workdir {workdir} to go on")
     return evaluation
 
 
 def check_finite(step: int, values: dict[str, float], workdir: pathlib.Path) -> None:
     """Raises a UserError naming the step and the terms that are NaN or infinite."""
-    bad = [f"{name} is {value}" for name, value in values.items() if not math.isfinite(value)]
+    terms_first = sorted(values.items(), key=lambda item: "loss" not in item[0])
+    bad = [f"{name} is {value}" for name, value in terms_first if not math.isfinite(value)]
     if bad:
         raise UserError(
             f"Step {step}: {', '.join(bad)}. The run stops and this state is not saved; the checkpoints in {workdir} are from before. "
@@ -214,7 +209,6 @@ class Meter:
 
     def __init__(self, config: Config, chip: flops.Chip | None):
         self._config, self._chip = config, chip
-        self._seconds = math.nan
         self.restart()
 
     def restart(self) -> None:

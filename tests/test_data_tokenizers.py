@@ -1,11 +1,14 @@
 """Ids, special tokens and chat prompts of both tokenizers."""
 
+import dataclasses
 import random
 
 import pytest
 
-from refusion_jax.data.tokenizers import check_tokenizer, load_tokenizer
+from refusion_jax.checkpoint.load import with_tokenizer
+from refusion_jax.data.tokenizers import load_tokenizer
 from refusion_jax.errors import UserError
+from refusion_jax.model.config import ModelConfig
 
 TEXTS = ["", "hello", "  two  spaces, then a comma . ' s", "Größe 世界 🙂\n\ttab", "a <|mask|> and <|im_end|> in text",
          "1234 + 5 = 1239"]
@@ -88,12 +91,15 @@ def test_byte_prompt_is_two_ids_longer_than_its_bytes():
 
 def test_tokenizer_must_fit_the_model():
     tokenizer = load_tokenizer("bytes")
-    check_tokenizer(tokenizer, 262, tokenizer.mask_id)
-    check_tokenizer(tokenizer, 384, None)
-    with pytest.raises(UserError, match=r"mask id is 261.*vocab_size is 261.*at least 262"):
-        check_tokenizer(tokenizer, 261, None)
+    model = ModelConfig(
+        vocab_size=262, hidden_size=8, intermediate_size=8, num_layers=1, num_heads=1, num_kv_heads=1, head_dim=8, tie_embeddings=True
+    )  # fmt: skip
+    fitted = with_tokenizer(model, tokenizer, "here")
+    assert (fitted.mask_token_id, fitted.logical_vocab_size) == (tokenizer.mask_id, 262)
+    with pytest.raises(UserError, match=r"here.* 261 rows.* 262 ids.*mask id is 261.*at least 262"):
+        with_tokenizer(dataclasses.replace(model, vocab_size=261, logical_vocab_size=0), tokenizer, "here")
     with pytest.raises(UserError, match=r"mask_token_id is 95.*261"):
-        check_tokenizer(tokenizer, 384, 95)
+        with_tokenizer(dataclasses.replace(model, mask_token_id=95), tokenizer, "here")
 
 
 def test_bad_tokenizers(tmp_path, small_folder, monkeypatch):

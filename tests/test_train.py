@@ -232,7 +232,7 @@ def test_a_poisoned_parameter_is_reported_with_the_term(config, tmp_path, monkey
         return dataclasses.replace(program, init=poison)
 
     monkeypatch.setattr(steps_lib, "build", build)
-    with pytest.raises(UserError, match="Step 1: ar_loss is nan, grad_norm is nan, loss is nan, mdm_loss is nan"):
+    with pytest.raises(UserError, match="Step 1: ar_loss is nan, loss is nan, mdm_loss is nan, grad_norm is nan"):
         train_lib.train(config, tmp_path)
     assert orbax.steps_in(tmp_path) == []
 

@@ -168,22 +168,3 @@ def load_tokenizer(spec: str) -> Tokenizer:
         raise UserError(f"the tokenizer {spec!r} could not {place}: {reason} Give a folder with a tokenizer.json (a downloaded "
                         "copy works offline), a valid name with network access, or 'bytes'.") from error
     return HuggingFaceTokenizer(tokenizer, spec)
-
-
-def check_tokenizer(tokenizer: Tokenizer, vocab_size: int, mask_token_id: int | None) -> None:
-    """Checks that a model can take a tokenizer's ids.
-
-    Args:
-      vocab_size: rows of the model's embedding table.
-      mask_token_id: the mask id the model was made for, None if it has none yet.
-
-    Raises:
-      UserError: the table is too small for the tokenizer's ids, or the mask ids differ.
-    """
-    if tokenizer.vocab_size > vocab_size:
-        raise UserError(f"the tokenizer has ids up to {tokenizer.vocab_size - 1} (its mask id is {tokenizer.mask_id}), but the model's "
-                        f"vocab_size is {vocab_size}: the table has no row for them. Set model.vocab_size to at least "
-                        f"{tokenizer.vocab_size}, or use the tokenizer that belongs to the model.")
-    if mask_token_id is not None and mask_token_id != tokenizer.mask_id:
-        raise UserError(f"the model's mask_token_id is {mask_token_id}, but {MASK_TOKEN!r} is {tokenizer.mask_id} in the tokenizer. Set "
-                        "model.mask_token_id to the tokenizer's, or use the tokenizer that belongs to the model.")

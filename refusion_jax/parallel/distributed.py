@@ -106,10 +106,10 @@ class StopSignal:
 
     def __init__(self) -> None:
         self._signalled = False
+        self._previous = {}
         # With several processes JAX's own handler of SIGTERM, installed by `initialize`, must stay.
         if jax.process_count() == 1 and threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGTERM, signal.SIGINT):
-                signal.signal(number, self._handle)
+            self._previous = {number: signal.signal(number, self._handle) for number in (signal.SIGTERM, signal.SIGINT)}
 
     def _handle(self, number: int, frame: object) -> None:
         self._signalled = True
@@ -120,6 +120,11 @@ class StopSignal:
         if jax.process_count() == 1:
             return self._signalled
         return multihost_utils.reached_preemption_sync_point(step)
+
+    def close(self) -> None:
+        """Gives the signals back to who had them before."""
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
 
 
 def _explicit(
