@@ -260,12 +260,14 @@ def main() -> None:
     if arguments.decode:
         sampler = SamplerConfig()
         lowered, work = decode_program(config, mesh, sampler, arguments.batch, arguments.prompt_length)
+        settings = f"{arguments.batch} rows"
         program = f"decoding with {arguments.config} ({arguments.batch} rows, prompts of {arguments.prompt_length}, answers of {sampler.length})"
     else:
         lowered, work = train_program(config, mesh)
-        program = f"training step of {arguments.config} ({config.batch_size} rows of {config.data.max_length}, accumulation {config.accumulation}, remat {config.model.remat})"
+        settings = f"accumulation {config.accumulation}, remat {config.model.remat}"
+        program = f"training step of {arguments.config} ({config.batch_size} rows of {config.data.max_length}, {settings})"
     compiled, seconds = compile_program(lowered, where)
-    result = {"program": program, "topology": where, "compile_seconds": seconds, **report(compiled, mesh, work)}
+    result = {"program": program, "settings": settings, "topology": where, "compile_seconds": seconds, **report(compiled, mesh, work)}
     print(describe(result))
     if arguments.json:
         arguments.json.write_text(json.dumps(result, indent=1) + "\n")

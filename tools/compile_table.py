@@ -7,6 +7,7 @@ compiles anew). The commands that are run are printed: each line of the table ca
 import argparse
 import json
 import pathlib
+import re
 import shlex
 import subprocess
 import sys
@@ -41,22 +42,23 @@ def compiled(name: str, arguments: str, again: bool) -> dict | None:
 
 
 def cells(result: dict) -> list[str]:
-    """The columns that training and decoding share, after the topology."""
+    """The columns that training and decoding share."""
     gib = lambda size: f"{size / 2**30:.1f}"
     mesh = " x ".join(str(size) for size in result["mesh"].values())
+    config = re.search(r"configs/(\w+)", result["program"]).group(1)
     sent = sum(row["bytes"] for row in result["collectives"] if not row["conditional"])
     seconds = result["seconds"]
+    milliseconds = lambda name: f"{seconds[name] * 1e3:.{0 if seconds[name] > 0.01 else 1}f}"
     return [
-        str(result["devices"]), mesh, gib(result["argument_bytes"]), gib(result["temporary_bytes"]), f"{gib(result['peak_bytes'])} of {gib(result['chip_bytes'])}",
-        f"{sent / 1e9:.1f}", *(f"{seconds[name] * 1e3:.0f}" for name in ("compute", "memory", "interconnect")), seconds["limit"],
+        f"{config}, {result['topology']}", result["settings"], mesh, gib(result["argument_bytes"]), gib(result["temporary_bytes"]), f"{gib(result['peak_bytes'])} of {gib(result['chip_bytes'])}",
+        f"{sent / 1e9:.1f}", *map(milliseconds, ("compute", "memory", "interconnect")), seconds["limit"],
     ]  # fmt: skip
 
 
-def table(results: dict[str, dict], title: str, extra: str) -> str:
-    """Markdown; `extra` is the last column: "mfu_bound" or "tokens_per_second"."""
-    last = {"mfu_bound": "MFU at most", "compile_seconds": "compile, s"}
-    head = [title, "devices", "data x fsdp x tensor", "arguments, GiB", "temporaries, GiB", "peak, GiB", "sent, GB", "compute, ms", "memory, ms", "interconnect, ms", "limit", last[extra]]
-    rows = [[name, *cells(result), f"{result[extra]:.2f}" if extra == "mfu_bound" else f"{result[extra]:.0f}"] for name, result in results.items()]
+def table(results: list[dict], title: str) -> str:
+    """Markdown."""
+    head = [title, "settings", "data x fsdp x tensor", "arguments, GiB", "temporaries, GiB", "peak, GiB", "sent, GB", "compute, ms", "memory, ms", "interconnect, ms", "limit", "MFU at most"]
+    rows = [[*cells(result), f"{result['mfu_bound']:.2f}"] for result in results]
     return "\n".join("| " + " | ".join(row) + " |" for row in [head, ["---"] * len(head), *rows])
 
 
@@ -64,9 +66,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--again", action="append", default=[], metavar="NAME", choices=[*TRAIN, *DECODE], help="compile that one anew")
     arguments = parser.parse_args()
-    for title, programs, extra in (("training step", TRAIN, "mfu_bound"), ("decoding, one forward", DECODE, "compile_seconds")):
-        results = {name: compiled(name, line, name in arguments.again) for name, line in programs.items()}
-        print(table({name: result for name, result in results.items() if result}, title, extra), end="\n\n")
+    for title, programs in (("training step", TRAIN), ("decoding, one forward", DECODE)):
+        results = [compiled(name, line, name in arguments.again) for name, line in programs.items()]
+        print(table([result for result in results if result], title), end="\n\n")
 
 
 if __name__ == "__main__":
