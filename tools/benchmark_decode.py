@@ -140,7 +140,7 @@ def tokens_per_forward(answers: Sequence[Generation]) -> float:
     return sum(len(a.tokens) for a in answers) / sum(a.forwards for a in answers)
 
 
-def calibrate(case: Case, wanted: float, runs: int = 12) -> float:
+def calibrate(case: Case, wanted: float, runs: int = 8) -> float:
     """The token_threshold at which random weights come closest to `wanted` tokens per forward."""
     low, high, best = -20.0, 0.0, (float("inf"), 1.0)  # of its logarithm: probabilities of random weights lie around 1 / vocabulary
     for _ in range(runs):
