@@ -15,8 +15,10 @@ echo "== loss curves"
 python tools/plot.py "$workdir" --out "$workdir/loss.png"
 echo "== held-out tasks: plan-and-infill against autoregressive decoding of the same model"
 python tools/evaluate_tasks.py --checkpoint "$workdir" --json "$workdir/tasks.json"
-echo "== a picture of one decoding"
-python tools/visualize_decode.py --checkpoint "$workdir" --out "$workdir/decode.png"
+echo "== one answer, in the order it was written"
+python -m refusion_jax.generate --checkpoint "$workdir" --prompt "refusion" --slot-size 4 --slot-threshold 0.999 --show-order
+echo "== a picture and an animation of another; a high slot threshold, for more rounds to look at"
+python tools/visualize_decode.py --checkpoint "$workdir" --out "$workdir/decode.png" --slot-size 4 --slot-threshold 0.999
 
 echo
 echo "left in $workdir:"

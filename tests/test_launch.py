@@ -279,5 +279,5 @@ def test_quickstart_runs_the_commands_in_order(clone, tmp_path):
     install, train, *tools = [line.split() for line in calls.read_text().splitlines()]
     assert install[-1] == f"{clone}[demo]"
     assert train == ["-m", "refusion_jax.train", "--config", "configs/tiny.py", "--workdir", str(tmp_path / "run"), "--config.seed=1"]
-    for name, *_ in tools:
-        assert (ROOT / name).is_file()
+    for name, module, *_ in tools:
+        assert (ROOT / (module.replace(".", "/") + ".py" if name == "-m" else name)).is_file()

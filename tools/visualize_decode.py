@@ -158,6 +158,8 @@ class Painter:
             draw.text((MARGIN, y + CELL / 2), "answer", font=self.small, fill=INK, anchor="lm")
             self.line(draw, band, y, upto(self.rounds))
             y += row + 50
+        if any(cell.cut for cell in self.cells):
+            draw.text((MARGIN, y - 30), "grey: behind the end; slots that were still open saw it, the answer does not contain it", font=self.small, fill=FAINT)
         return image
 
     def frame(self, title: str, subtitle: str, filled: set[int]) -> Any:
@@ -193,7 +195,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     steps = [[] for _ in prompts]  # of each prompt, what there was after each forward
     for answer in decoder.stream(prompts, config, batch_size=1, seed=arguments.seed, every=1):
         steps[answer.generation.index].append(answer.generation)
-    steps = max(steps, key=lambda steps: len(set(steps[-1].rounds)))
+    steps = max(steps, key=lambda steps: (len(set(steps[-1].rounds)), len(steps[-1].tokens)))
     final, prompt = steps[-1], prompts[steps[-1].index]
 
     painter = Painter(cells_of(decoder, final), config)
