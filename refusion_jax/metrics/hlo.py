@@ -83,15 +83,24 @@ def run_counts(bodies: dict[str, list[str]], *, branches: bool = True) -> dict[s
 
 
 def _trip_count(line: str, bodies: dict[str, list[str]]) -> int:
-    """Of a while loop: what XLA knows, or the bound of a plain counting loop, else 1."""
+    """Of a while loop: what XLA knows, or that of a plain loop counting from 0 by a constant to a constant, else 1."""
     known = re.search(r"known_trip_count\D*(\d+)", line)
     if known:
         return int(known.group(1))
-    condition = bodies.get(re.search(r"condition=%?([\w.-]+)", line).group(1), [])
+    condition, body = (bodies.get(re.search(rf"{part}=%?([\w.-]+)", line).group(1), []) for part in ("condition", "body"))
     condition = condition + [inner for outer in condition for callee in _CALL.findall(outer) for inner in bodies.get(callee, [])]
-    bounds = [int(n) for inner in condition for n in re.findall(r"s32\[\]\S* constant\((\d+)\)", inner)]
+    bounds = [int(n) for inner in condition for n in re.findall(r"[su]32\[\]\S* constant\((\d+)\)", inner)]
     compares = [inner for inner in condition if " compare(" in inner]
-    return bounds[0] if len(bounds) == 1 and len(compares) == 1 and "direction=LT" in compares[0] else 1
+    if len(bounds) != 1 or len(compares) != 1 or "direction=LT" not in compares[0]:
+        return 1
+    # The counter is the loop's state number `index`; the body's last line shows what it becomes.
+    counter = next((int(i) for inner in condition for i in re.findall(r"[su]32\[\]\S* get-tuple-element\(.*index=(\d+)", inner)), None)
+    define = {match.group(1): inner for inner in body if (match := re.match(r"\s*(?:ROOT )?(%?\S+) = ", inner))}
+    state = next((re.findall(r"%[\w.-]+", inner.split(" tuple(")[1]) for inner in body if inner.lstrip().startswith("ROOT") and " tuple(" in inner), [])
+    new = define.get(state[counter], "") if counter is not None and counter < len(state) else ""
+    added = re.findall(r"%[\w.-]+", new.split(" add(")[1]) if " add(" in new else []
+    step = next((int(n) for name in added for n in re.findall(r"constant\((\d+)\)", define.get(name, ""))), 1)
+    return -(-bounds[0] // max(step, 1))
 
 
 def collective_list(text: str, mesh: Mesh) -> list[Collective]:
