@@ -10,7 +10,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 import safetensors.numpy
-from test_distributed import finish, start
+from processes import finish, start
 
 from refusion_jax.checkpoint import huggingface, load
 from refusion_jax.checkpoint import safetensors as files
@@ -77,7 +77,7 @@ from refusion_jax.parallel import distributed, sharding
 from refusion_jax.parallel.mesh import make_mesh
 from test_huggingface import bytes_of_shards, stacked
 
-distributed.initialize(timeout=30, heartbeat_timeout=10)
+distributed.initialize()
 folder = pathlib.Path(sys.argv[1])
 weights = huggingface.Weights(folder)
 params = huggingface.load_params(weights, weights.config, make_mesh(1, 4, 2), sharding.TRAIN_RULES, "float32")
@@ -92,7 +92,7 @@ print("read", weights.bytes_read, "of", sum(a.nbytes for a in jax.tree.leaves(pa
 def test_two_processes_read_their_own_halves(reference, repository, tmp_path):
     script = tmp_path / "load.py"
     script.write_text(TWO_PROCESSES)
-    codes, logs = finish(start([str(script), str(reference / "qwen3_untied" / "model"), str(repository / "tests")], folder=tmp_path), tmp_path)
+    codes, logs = finish(start([str(script), str(reference / "qwen3_untied" / "model"), str(repository / "tests")], folder=tmp_path, processes=2), tmp_path)
     assert codes == [0, 0], logs
     for log in logs:
         read, total = (int(word) for word in log.split("read ")[1].split()[:3:2])
