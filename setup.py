@@ -28,12 +28,11 @@ setup(
         "ml-collections>=1.1",
         "absl-py",
         "numpy",
-        "safetensors>=0.5",
     ],
     extras_require={
         "hf": HF,  # Hugging Face tokenizers, chat templates and downloads
         "demo": DEMO,  # procedural tasks, plots and pictures
-        "test": ["pytest>=8", "pytest-xdist", "pytest-timeout", *HF, *DEMO],
+        "test": ["pytest>=8", "pytest-xdist", "pytest-timeout", "safetensors", *HF, *DEMO],
         "torch": ["torch", *HF],  # only to compare with PyTorch
         "tpu": ["jax[tpu]"],  # also compiles TPU programs on machines without a TPU
         "cuda": ["jax[cuda13]"],
