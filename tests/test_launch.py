@@ -241,10 +241,11 @@ def test_notebook_runs_from_top_to_bottom(tmp_path, monkeypatch):
     """Cell after cell as IPython would, with a small run in place of the one in the settings; %pip is left out."""
     monkeypatch.chdir(ROOT)
     monkeypatch.setenv("PATH", f"{pathlib.Path(sys.executable).parent}:{os.environ['PATH']}")
-    monkeypatch.setenv("XLA_FLAGS", "")
+    monkeypatch.setenv("XLA_FLAGS", "--xla_backend_optimization_level=0")  # compiled once, hardly run
     micro.write_examples(tmp_path / "data.json")
     settings = {
-        "CONFIG": f"tests/micro.py:steps=6,data={tmp_path / 'data.json'}", "WORKDIR": str(tmp_path / "run"), "EXAMPLES": 3, "REPOSITORY": "",
+        "CONFIG": f"tests/micro.py:steps=6,data={tmp_path / 'data.json'}", "WORKDIR": str(tmp_path / "run"), "EXAMPLES": 2, "LENGTH": 32,
+        "REPOSITORY": "",
     }  # fmt: skip
     printed = []
 
