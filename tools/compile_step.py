@@ -111,7 +111,8 @@ def decode_program(config: Config, mesh: Mesh, sampler_config: SamplerConfig, ba
     if batch % shards:
         raise UserError(f"--batch {batch} does not split over the mesh's data x fsdp = {shards} devices. Set --config.mesh.fsdp=1 --config.mesh.tensor=-1, or take a multiple.")
     model = config.model
-    sampler = batching.make_sampler(model, sampler_config, batch)
+    with sharding.use(mesh, sharding.DECODE_RULES):
+        sampler = batching.make_sampler(model, sampler_config, batch)
     cache_length = batching.bucket(prompt_length) + sampler_config.length + sampler.window
     place = lambda abstract, shard: jax.ShapeDtypeStruct(abstract.shape, abstract.dtype, sharding=shard)
     weights = jax.tree.map(

@@ -11,13 +11,14 @@ import numpy as np
 from jax.sharding import Mesh
 
 from refusion_jax.errors import UserError
+from refusion_jax.model import flash
 from refusion_jax.model.config import ModelConfig
 from refusion_jax.parallel import sharding
 from refusion_jax.sampling.autoregressive import Autoregressive
 from refusion_jax.sampling.config import Generation, SamplerConfig, Settings, check_prompts
 from refusion_jax.sampling.plan_and_infill import PlanAndInfill
 
-# Tokens a forward takes in about the time that reading the weights takes, on chips made for this.
+# Tokens a forward takes in about the time that reading the weights takes, on chips made for this. On a CPU every token costs.
 FREE_TOKENS = 160
 
 
@@ -27,7 +28,8 @@ def make_sampler(model: ModelConfig, config: SamplerConfig, batch_size: int) -> 
         return Autoregressive(model, config.gen_length)
     n, k = config.slots // config.blocks, config.slot_size
     carry = config.speculate != "off"
-    tokens = {"off": 0, "auto": FREE_TOKENS // batch_size, "on": max(FREE_TOKENS, 2 * n * k)}[config.speculate]
+    free = 0 if flash.platform()[0] == "cpu" else FREE_TOKENS // batch_size
+    tokens = {"off": 0, "auto": free, "on": max(FREE_TOKENS, 2 * n * k)}[config.speculate]
     chunks = max(n, (config.window or tokens) // k) if carry else n
     return PlanAndInfill(model, slots=n, slot_size=k, blocks=config.blocks, chunks=chunks, carry_plan=carry, carry_guesses=carry)
 

@@ -28,8 +28,8 @@ class SamplerConfig:
       top_k: with a temperature, sample among the k most probable ids; 0 is all.
       top_p: with a temperature, sample among the fewest ids whose probability reaches this, in (0, 1].
       method: "plan_and_infill", or "autoregressive" (one token per forward, slots and thresholds unused).
-      speculate: carry forwards that may be needed next in the same window ("on", "off"); "auto" decides from batch and
-        width. Changes the number of forwards, never a token.
+      speculate: carry forwards that may be needed next in the same window ("on", "off"); "auto" decides from batch, width
+        and device. Changes the number of forwards, never a token.
       window: most tokens of a row's window with speculation; 0 chooses it.
     """
 
