@@ -201,14 +201,18 @@ def main(argv: Sequence[str] | None = None) -> None:
     painter = Painter(cells_of(decoder, final), config)
     count = lambda n, what: f"{n} {what}" + "s" * (n != 1)
     summary = f"{count(len(final.tokens), 'token')} in {count(painter.rounds, 'round')} and {count(final.forwards, 'forward')}: {final.tokens_per_forward:.2f} tokens per forward"
-    frames = [painter.frame(prompt, count(step.forwards, "forward"), set(step.order)) for step in steps[:-1]]
-    frames = [painter.frame(prompt, count(1, "forward"), set()), *frames, painter.frame(prompt, summary, set(final.order))]
+    shown = [(count(1, "forward"), []), *((count(step.forwards, "forward"), step.order) for step in steps[:-1]), (summary, final.order)]
+
+    def small(frame: tuple[str, list[int]]) -> Any:
+        """A frame in half size and few colours: an answer of many rounds has hundreds of them."""
+        image = painter.frame(prompt, frame[0], set(frame[1]))
+        return image.resize((image.width // 2, image.height // 2)).quantize(64)
+
     try:
         arguments.out.parent.mkdir(parents=True, exist_ok=True)
         painter.picture(prompt, summary).save(arguments.out)
-        small = [frame.resize((frame.width // 2, frame.height // 2)) for frame in frames]
-        durations = [arguments.milliseconds] * (len(small) - 1) + [3000]
-        small[0].save(arguments.out.with_suffix(".gif"), save_all=True, append_images=small[1:], duration=durations, loop=0)
+        durations = [arguments.milliseconds] * (len(shown) - 1) + [3000]
+        small(shown[0]).save(arguments.out.with_suffix(".gif"), save_all=True, append_images=map(small, shown[1:]), duration=durations, loop=0)
     except OSError as error:
         raise UserError(f"Cannot write {arguments.out}: {error.strerror or error}. Choose another --out.") from None
     print(f"{summary}\nwrote {arguments.out} and {arguments.out.with_suffix('.gif')}")
