@@ -5,6 +5,7 @@ it had never stopped.
 """
 
 import argparse
+import contextlib
 import dataclasses
 import itertools
 import json
@@ -52,7 +53,15 @@ def to_devices(batch: dict[str, np.ndarray], batch_sharding: NamedSharding, batc
 
 
 def train(config: Config, workdir: pathlib.Path) -> dict[str, float]:
-    """Runs, or goes on with, one training run; returns the last evaluation (empty without evaluation data)."""
+    """Runs, or goes on with, one training run; returns the last evaluation (empty without evaluation data).
+
+    However it ends, a checkpoint that is being written is finished first, and files and signals are given back.
+    """
+    with contextlib.ExitStack() as resources:
+        return _train(config, workdir, resources)
+
+
+def _train(config: Config, workdir: pathlib.Path, resources: contextlib.ExitStack) -> dict[str, float]:
     main_process = jax.process_index() == 0
     distributed.check_same_config(config.to_json())
 
@@ -82,7 +91,7 @@ def train(config: Config, workdir: pathlib.Path) -> dict[str, float]:
     progress.say(f"data {rows.report}")
 
     # --- State: the run's last checkpoint, or given weights, or random ones.
-    checkpoints = orbax.Checkpoints(workdir, config.keep_last, config.keep_best)
+    checkpoints = resources.enter_context(contextlib.closing(orbax.Checkpoints(workdir, config.keep_last, config.keep_best)))
     meta = orbax.make_meta(config.model, step=0, tokenizer=config.data.tokenizer, config=json.loads(config.to_json()))
     next_row = 0
     if checkpoints.latest_step() is not None:
@@ -102,7 +111,6 @@ def train(config: Config, workdir: pathlib.Path) -> dict[str, float]:
     first = int(state.step)
     if first >= total:
         progress.say(f"nothing to do: {workdir} is at step {first} of {total}")
-        checkpoints.close()
         return {}
 
     iterator = pipeline.batches(rows, batch_size=config.batch_size, local_rows=mine, start_row=next_row)
@@ -115,8 +123,8 @@ def train(config: Config, workdir: pathlib.Path) -> dict[str, float]:
     # --- The loop. Metrics are read one step late, so that the host never keeps the devices waiting.
     schedule = steps_lib.learning_rate(config.optimizer, total)
     chip = flops.CHIPS.get(jax.devices()[0].device_kind)
-    metrics_file = Metrics(workdir, first, enabled=main_process)
-    stop = distributed.StopSignal()
+    metrics_file = resources.enter_context(contextlib.closing(Metrics(workdir, first, enabled=main_process)))
+    stop = resources.enter_context(contextlib.closing(distributed.StopSignal()))
     meter = Meter(config, chip)
     evaluation: dict[str, float] = {}
     pending = None
@@ -168,9 +176,7 @@ def train(config: Config, workdir: pathlib.Path) -> dict[str, float]:
             meter.restart()
         if stopping:
             break
-    checkpoints.close()
-    metrics_file.close()
-    stop.close()
+    resources.close()
     progress.say(f"done: {workdir} is at step {total}" if step == total else f"stopped after step {step}; start again with --workdir {workdir} to go on")
     return evaluation
 

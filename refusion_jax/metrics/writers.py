@@ -1,5 +1,6 @@
 """Where a run's numbers go: a progress line, metrics.jsonl, and TensorBoard when it is installed."""
 
+import contextlib
 import json
 import math
 import pathlib
@@ -57,7 +58,8 @@ class Metrics:
     def close(self) -> None:
         for stream in (self._file, self._board):
             if stream is not None:
-                stream.close()
+                with contextlib.suppress(OSError):  # what could not be written was reported by `write`
+                    stream.close()
 
 
 def _step_of(line: str) -> float:
