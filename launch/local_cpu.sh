@@ -4,7 +4,7 @@
 #   launch/local_cpu.sh [--devices 8] [--processes 1] [--dry-run] --config configs/tiny.py --workdir runs/eight ...
 #
 # --devices D    devices altogether, shared evenly by the processes
-# --processes P  processes, which find each other on a free port of this machine; all but the first log to WORKDIR.<n>.log
+# --processes P  processes, which find each other on a free port of this machine
 # --dry-run      print the commands, run nothing
 # Everything from the first other argument on goes to python -m refusion_jax.train.
 set -euo pipefail
@@ -35,16 +35,24 @@ port=12355
 [ "$DRY_RUN" = yes ] || port="$(python -c 'import socket; s = socket.socket(); s.bind(("", 0)); print(s.getsockname()[1])')"
 settings+=("JAX_COORDINATOR_ADDRESS=localhost:$port" "JAX_NUM_PROCESSES=$processes")
 pids=()
-trap 'kill -TERM "${pids[@]}" 2>/dev/null || true' INT TERM
+trap 'kill -TERM "${pids[@]}" 2>/dev/null || true' INT TERM # each saves; the script waits for them
 for ((process = 0; process < processes; process++)); do
-  run env "${settings[@]}" "JAX_PROCESS_ID=$process" python -m refusion_jax.train "$@" &
-  pids+=($!)
-  [ "$DRY_RUN" = no ] || wait $!
+  command=(env "${settings[@]}" "JAX_PROCESS_ID=$process" python -m refusion_jax.train "$@")
+  if [ "$DRY_RUN" = yes ]; then
+    quoted "${command[@]}"
+  else
+    "${command[@]}" &
+    pids+=($!)
+  fi
 done
 status=0
 for pid in "${pids[@]}"; do
-  # A trapped signal ends the first wait early; the second one gets the process's own exit status.
-  while wait "$pid" && result=0 || result=$?; [ "$result" -gt 128 ] && kill -0 "$pid" 2>/dev/null; do :; done
+  # A trapped signal ends a wait early; wait again for the process's own exit status.
+  while true; do
+    result=0
+    wait "$pid" || result=$?
+    [ "$result" -gt 128 ] && kill -0 "$pid" 2>/dev/null || break
+  done
   [ "$result" = 0 ] || status=$result
 done
 exit "$status"

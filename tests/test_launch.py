@@ -7,8 +7,10 @@ import pathlib
 import re
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
+import time
 
 import pytest
 import yaml
@@ -182,7 +184,9 @@ case "$*" in
   "-m venv"*) mkdir -p "$3/bin"; cp "$0" "$3/bin/python"; echo "PATH=$3/bin:\\$PATH" > "$3/bin/activate" ;;
   "-m pip"*) echo "$@" >> "$CALLS" ;;
   "-c import socket"*) echo 4242 ;;
-  *) echo "${JAX_NUM_CPU_DEVICES:-} ${JAX_COORDINATOR_ADDRESS:-} ${JAX_NUM_PROCESSES:-} ${JAX_PROCESS_ID:-} $*" >> "$CALLS"; exit ${JAX_PROCESS_ID:-0} ;;
+  *) echo "${JAX_NUM_CPU_DEVICES:-} ${JAX_COORDINATOR_ADDRESS:-} ${JAX_NUM_PROCESSES:-} ${JAX_PROCESS_ID:-} $*" >> "$CALLS"
+    if [ -n "${UNTIL_STOPPED:-}" ]; then trap 'echo stopped >> "$CALLS"; exit 0' TERM; while :; do sleep 0.05; done; fi
+    exit ${JAX_PROCESS_ID:-0} ;;
 esac
 """
 
@@ -235,6 +239,23 @@ def test_local_processes_get_their_number_and_the_first_failure_is_the_result(cl
     calls.unlink()
     assert bash(clone / "launch/local_cpu.sh", *TRAIN, **environ).returncode == 0
     assert calls.read_text().splitlines() == [f"8    {train}"]
+
+
+def test_signal_to_the_local_script_stops_every_process(clone, tmp_path):
+    calls = tmp_path / "calls"
+    environ = {"PATH": os.environ["PATH"], "REFUSION_PYTHON": str(tmp_path / "python"), "CALLS": str(calls), "UNTIL_STOPPED": "yes"}
+    script = subprocess.Popen(["bash", clone / "launch/local_cpu.sh", "--processes", "2", *TRAIN], env=environ)
+    try:
+        end = time.monotonic() + 30
+        while not calls.exists() or calls.read_text().count("refusion_jax.train") < 2:
+            assert time.monotonic() < end
+            time.sleep(0.01)
+        time.sleep(0.2)  # the pretended processes have yet to say what they do on a signal
+        script.send_signal(signal.SIGTERM)
+        assert script.wait(30) == 0
+    finally:
+        script.kill()
+    assert calls.read_text().count("stopped") == 2
 
 
 def test_notebook_runs_from_top_to_bottom(tmp_path, monkeypatch):
