@@ -37,3 +37,13 @@ def test_data() -> pathlib.Path:
     if not folder or not pathlib.Path(folder).is_dir():
         pytest.skip("REFUSION_TEST_DATA does not name a folder with data/ and tokenizers/")
     return pathlib.Path(folder)
+
+
+@pytest.fixture(scope="module")
+def quick_compiles():
+    """For modules that compile many decoding loops and run each for a moment."""
+    import jax
+
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)

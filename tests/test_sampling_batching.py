@@ -21,11 +21,7 @@ PROMPTS = random_prompts(5, 40) + random_prompts(6, 2, longest=60)
 BATCH = 4
 
 
-@pytest.fixture(scope="module", autouse=True)
-def quick_compiles():
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
+pytestmark = pytest.mark.usefixtures("quick_compiles")
 
 
 @pytest.fixture(scope="module")

@@ -2,7 +2,6 @@
 
 import collections
 
-import jax
 import numpy as np
 import pytest
 from sampling_cases import MODEL, expected, oracle_forward, random_params, random_prompts, same_tokens
@@ -15,11 +14,7 @@ SHAPES = [(32, 4, 2), (25, 5, 1), (16, 2, 2), (14, 8, 2)]  # gen_length (not all
 TRIALS = 7  # models and thresholds per shape
 
 
-@pytest.fixture(scope="module", autouse=True)
-def quick_compiles():
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
+pytestmark = pytest.mark.usefixtures("quick_compiles")
 
 
 def trials(shape_index: int, **options):

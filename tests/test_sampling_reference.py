@@ -18,11 +18,7 @@ from refusion_jax.sampling import SamplerConfig, generate
 SETTINGS = [1, 8, 10]  # of the 15 recorded ones: slot sizes 4, 32 and 16, two and four blocks, one to eight slots each
 
 
-@pytest.fixture(scope="module", autouse=True)
-def quick_compiles():
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
+pytestmark = pytest.mark.usefixtures("quick_compiles")
 
 
 @pytest.fixture(scope="module")

@@ -9,7 +9,6 @@ import argparse
 import dataclasses
 import functools
 import json
-import math
 import pathlib
 import sys
 
@@ -20,12 +19,12 @@ import numpy as np
 from refusion_jax.checkpoint import load
 from refusion_jax.config import ObjectiveConfig
 from refusion_jax.errors import UserError, run_main
+from refusion_jax.generate import parse_mesh
 from refusion_jax.model.config import ModelConfig
 from refusion_jax.model.qwen3 import Qwen3, logits, output_table
 from refusion_jax.objective.losses import numerator, token_loss
 from refusion_jax.objective.slots import Denoising, loss_terms
 from refusion_jax.parallel import sharding
-from refusion_jax.parallel.mesh import make_mesh
 from refusion_jax.sampling import Report, SamplerConfig, generate
 
 LOGITS_TOLERANCE = 2e-4  # max abs difference
@@ -145,8 +144,7 @@ def main() -> None:
         raise UserError(f"{folder} has no folder 'model' beside its reference data; give a folder in the layout of tests/reference/tiny.")
     source = arguments.checkpoint or folder / "model"
     config = dataclasses.replace(load.load_model_config(source), dtype="float32", attention="xla")
-    shape = [int(size) for size in arguments.mesh.split(",")]
-    mesh = make_mesh(*shape, devices=jax.devices()[: math.prod(shape)])
+    mesh = parse_mesh(arguments.mesh)
     params = load.load_params(source, config, mesh, sharding.DECODE_RULES, dtype="float32")
 
     decode = functools.partial(check_decode, speculate=arguments.speculate)
