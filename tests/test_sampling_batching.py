@@ -185,7 +185,9 @@ def test_same_tokens_on_a_mesh(answers, shape):
     assert [contents(a) for a in many] == [contents(a) for a in one]
 
 
-def test_the_loop_holds_no_copy_of_the_cache():
+def test_temporaries_of_the_loop_do_not_grow_with_the_cache():
+    """Neither with its layers (there is no copy of it) nor with its length (scores exist for a chunk of it at a time)."""
+
     def compiled(layers, cache_length):
         config = dataclasses.replace(MODEL, num_layers=layers, num_kv_heads=2, head_dim=64)
         sampler = batching.make_sampler(config, CONFIG, 2)
@@ -195,11 +197,9 @@ def test_the_loop_holds_no_copy_of_the_cache():
         assert "callback" not in program.as_text(), "the loop never asks the host"
         return program.memory_analysis().temp_size_in_bytes, 2 * state.cache.k.size * 4
 
-    (small, small_cache), (deep, deep_cache), (long, long_cache) = compiled(4, 256), compiled(8, 256), compiled(4, 2048)
-    print(f"temporaries and cache in bytes: {small} and {small_cache}; twice the layers {deep} and {deep_cache}; longer {long} and {long_cache}")
-    assert deep - small < 0.02 * (deep_cache - small_cache)
-    # What grows with the length are one layer's scores of the window, and that layer's entries.
-    assert long - small < (long_cache - small_cache)
+    temporaries, cache = zip(*(compiled(layers, length) for layers, length in ((4, 1024), (8, 1024), (4, 4096))))
+    print(f"temporaries {temporaries} bytes, cache {cache} bytes")
+    assert max(temporaries) < 1.02 * min(temporaries)
 
 
 def test_bfloat16_decodes():

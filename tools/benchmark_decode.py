@@ -125,7 +125,7 @@ class Case:
         return answers, prefill_seconds, loop_seconds
 
     def seconds_per_forward(self, steps: int) -> float:
-        """Of `steps` steps of the loop, whether rows are done or not: the program does the same work. Median of three."""
+        """Of `steps` steps of the loop, whether rows are done or not: that changes nothing but how far attention reads. Median of three."""
         settings, taken = Settings.of(self.config), []
         with sharding.use(self.mesh, sharding.DECODE_RULES):
             state = jax.block_until_ready(self.prefilled(self.prompts[: self.batch], settings))

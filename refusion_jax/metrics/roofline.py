@@ -30,7 +30,7 @@ def train_bytes(config: ModelConfig, tokens: float, microbatches: int, shards: i
 
 
 def decode_bytes(config: ModelConfig, rows: float, cache_length: int, tensor: int, itemsize: int = 2) -> float:
-    """Bytes that one device's memory moves in a forward pass of decoding: every weight once, and the rows' whole cache."""
+    """Bytes that one device's memory moves in a forward pass of decoding: every weight once, and the rows' cache when it is full."""
     cache = 2 * config.num_layers * config.num_kv_heads * config.head_dim * cache_length * rows
     lookup = 0 if config.tie_embeddings else config.vocab_size * config.hidden_size
     return itemsize * (config.num_params() - lookup + cache) / tensor

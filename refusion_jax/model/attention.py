@@ -15,6 +15,8 @@ from refusion_jax.model import flash
 from refusion_jax.model.cache import KVCache
 
 QUERY_CHUNK = 512  # queries whose scores exist at a time in the XLA implementation
+KEY_CHUNK = 512  # cached keys whose scores exist at a time
+KEY_CHUNK = 512  # cached keys whose scores exist at a time
 
 
 def masked_attention(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array) -> jax.Array:
@@ -90,32 +92,57 @@ class CachedAttention:
     """Attention of a window on top of the committed entries of a cache.
 
     Each layer writes the window's keys and values at `length .. length + window` of its own slice of the stacked cache,
-    which travels in the carry of the scan over layers: XLA then updates it in place.
+    which travels in the carry of the scan over layers: XLA then updates it in place. Keys are read `KEY_CHUNK` at a time and
+    no further than the longest row has come, so neither time nor temporaries follow the size of the cache.
     """
 
     k: jax.Array  # [layer, batch, cache_length, kv_head, head_dim]
     v: jax.Array
-    index: jax.Array  # [batch, window] cache index of each window token
-    mask: jax.Array  # [batch, window, cache_length] bool
+    length: jax.Array  # [batch] committed entries
+    chunks: jax.Array  # scalar: chunks of the cache that hold all of them
+    window_mask: jax.Array  # [batch, window, window] bool (query, key)
     layer: jax.Array  # scalar int32
 
     @classmethod
     def start(cls, cache: KVCache, window_mask: jax.Array | None, window: int) -> "CachedAttention":
         """Attention context of the first layer; `window_mask` [batch, query, key] bool, None = causal."""
-        batch, cache_length = cache.k.shape[1:3]
         if window_mask is None:
-            window_mask = jnp.broadcast_to(jnp.tri(window, dtype=bool), (batch, window, window))
-        start = cache.length[:, None]
-        entry = jnp.arange(cache_length)[None] - start  # [batch, cache_length] index into the window
-        inside = (entry >= 0) & (entry < window)
-        columns = jnp.take_along_axis(window_mask, jnp.clip(entry, 0, window - 1)[:, None, :], axis=2)
-        mask = (entry < 0)[:, None, :] | (inside[:, None, :] & columns)
-        return cls(k=cache.k, v=cache.v, index=start + jnp.arange(window)[None], mask=mask, layer=jnp.int32(0))
+            window_mask = jnp.broadcast_to(jnp.tri(window, dtype=bool), (cache.length.size, window, window))
+        chunks = -(-jnp.max(cache.length) // KEY_CHUNK)
+        return cls(k=cache.k, v=cache.v, length=cache.length, chunks=chunks, window_mask=window_mask, layer=jnp.int32(0))
 
     def attend(self, q, k, v):
-        rows = jnp.arange(k.shape[0])[:, None]
-        read = functools.partial(jax.lax.dynamic_index_in_dim, index=self.layer, axis=0, keepdims=False)
-        keys = self.k.at[self.layer, rows, self.index].set(k.astype(self.k.dtype), mode="drop", unique_indices=True)
-        values = self.v.at[self.layer, rows, self.index].set(v.astype(self.v.dtype), mode="drop", unique_indices=True)
-        out = masked_attention(q, read(keys), read(values), self.mask)
-        return out, self.replace(k=keys, v=values, layer=self.layer + 1)
+        """q [B, T, N, H], k and v [B, T, K, H] -> ([B, T, N, H], self with the window written)."""
+        batch, window, heads, dim = q.shape
+        rows, index = jnp.arange(batch)[:, None], self.length[:, None] + jnp.arange(window)
+        k, v = k.astype(self.k.dtype), v.astype(self.v.dtype)
+        keys = self.k.at[self.layer, rows, index].set(k, mode="drop", unique_indices=True)
+        values = self.v.at[self.layer, rows, index].set(v, mode="drop", unique_indices=True)
+        grouped = q.reshape(batch, window, k.shape[2], -1, dim)
+
+        def accumulate(carry, k, v, mask):
+            """One more chunk of keys [B, S, K, H] under mask [B, T, S]: the running softmax."""
+            top, total, out = carry  # [B, K, G, T], the same, [B, K, G, T, H] in float32
+            scores = jnp.einsum("BTKGH,BSKH->BKGTS", grouped, k.astype(q.dtype), preferred_element_type=jnp.float32) * dim**-0.5
+            scores = jnp.where(mask[:, None, None], scores, jnp.finfo(jnp.float32).min)
+            new_top = jnp.maximum(top, scores.max(axis=-1))
+            weights, old = jnp.exp(scores - new_top[..., None]), jnp.exp(top - new_top)
+            part = jnp.einsum("BKGTS,BSKH->BKGTH", weights.astype(q.dtype), v.astype(q.dtype), preferred_element_type=jnp.float32)
+            return new_top, total * old + weights.sum(axis=-1), out * old[..., None] + part
+
+        def committed(i, carry):
+            size = min(KEY_CHUNK, keys.shape[2])
+            first = jnp.minimum(i * size, keys.shape[2] - size)  # the last chunk may overlap the one before
+            read = lambda x: jax.lax.dynamic_slice(x, (self.layer, 0, first, 0, 0), (1, batch, size, *x.shape[3:]))[0]
+            entry = first + jnp.arange(size)
+            mask = (entry < self.length[:, None]) & (entry >= i * size)
+            return accumulate(carry, read(keys), read(values), mask[:, None])
+
+        shape = (batch, k.shape[2], heads // k.shape[2], window)
+        carry = jnp.full(shape, jnp.finfo(jnp.float32).min), jnp.zeros(shape), jnp.zeros((*shape, dim))
+        for first in range(0, window, KEY_CHUNK):
+            part = slice(first, first + KEY_CHUNK)
+            carry = accumulate(carry, k[:, part], v[:, part], self.window_mask[:, :, part])
+        _, total, out = jax.lax.fori_loop(0, self.chunks, committed, carry)
+        out = (out / total[..., None]).astype(q.dtype)
+        return jnp.einsum("BKGTH->BTKGH", out).reshape(q.shape), self.replace(k=keys, v=values, layer=self.layer + 1)
