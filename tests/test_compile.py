@@ -231,7 +231,7 @@ class TestTpuCompiler:
         assert max(temporaries) < 1.1 * min(temporaries) < cache / 20  # the same for either cache
         weight = 256 * 2 * 128 * 2  # bytes of a layer's smallest matrix
         for c in hlo.collective_list(compiled.as_text(), mesh):
-            assert c.conditional or c.kind != "all-gather" or c.bytes < weight, c
+            assert c.kind not in ("all-gather", "all-to-all") or c.bytes < weight, c  # logits are not gathered, even to sample
 
     def test_only_the_data_axis_crosses_slices(self):
         """Two slices: weights are gathered inside a slice; between slices only one device's shard of their gradient is summed."""

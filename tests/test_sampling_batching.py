@@ -158,6 +158,19 @@ def test_samples_follow_the_distribution():
         np.testing.assert_allclose(found, wanted / wanted.sum(), atol=0.03)
 
 
+@pytest.mark.parametrize("count", [1, 2, 7, 60, 61, 100])
+def test_cutting_without_sorting_keeps_what_sorting_keeps(count):
+    """The largest `count` of logits of either sign, of those equal to the least all; excluded ids stay excluded."""
+    from refusion_jax.sampling.reduction import _cut
+
+    logits = np.random.default_rng(0).normal(size=(3, 2, 64)).astype(np.float32) * 10
+    logits[0], logits[1, 0, :20], logits[2] = np.round(logits[0]), 0.0, -abs(logits[2])
+    logits[..., [5, 9, 33]] = -np.inf
+    found = _cut(jnp.array(logits), lambda kept: kept.sum(axis=-1) >= count)
+    least = np.sort(logits, axis=-1)[..., ::-1][..., min(count, 64) - 1]
+    np.testing.assert_array_equal(found, np.where(logits >= least[..., None], logits, -np.inf))
+
+
 def test_autoregressive_equals_an_argmax_loop():
     config = SamplerConfig(method="autoregressive", gen_length=10)
     found = generate(PARAMS, MODEL, config, PROMPTS[:9], batch_size=BATCH, max_prompt_length=60)

@@ -1,5 +1,7 @@
 """From hidden states to the few numbers per token that decoding decides with; logits never leave this file."""
 
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 from flax import struct
@@ -60,14 +62,33 @@ def _sample(logits: jax.Array, keys: jax.Array, settings: Settings) -> jax.Array
     """Ids drawn from logits [batch, window, vocab] after temperature, top-k, then top-p; one key per token."""
     logits = logits / jnp.maximum(settings.temperature, 1e-6)
 
-    def cut(logits):
-        ranked = -jnp.sort(-logits, axis=-1)
-        kept = (jnp.arange(logits.shape[-1]) < settings.top_k) | (settings.top_k == 0)
-        probs = jax.nn.softmax(jnp.where(kept, ranked, -jnp.inf), axis=-1)
-        kept &= jnp.cumsum(probs, axis=-1) - probs < settings.top_p
-        least = jnp.min(jnp.where(kept, ranked, jnp.inf), axis=-1, keepdims=True)
-        return jnp.where(logits >= least, logits, -jnp.inf)
+    def cut_to_k(logits):
+        return _cut(logits, lambda kept: jnp.sum(kept, axis=-1) >= settings.top_k)
 
-    logits = jax.lax.cond((settings.top_k > 0) | (settings.top_p < 1), cut, lambda x: x, logits)
+    def cut_to_p(logits):
+        probs = jax.nn.softmax(logits, axis=-1)
+        return _cut(logits, lambda kept: jnp.sum(jnp.where(kept, probs, 0), axis=-1) >= settings.top_p)
+
+    logits = jax.lax.cond(settings.top_k > 0, cut_to_k, lambda x: x, logits)
+    logits = jax.lax.cond(settings.top_p < 1, cut_to_p, lambda x: x, logits)
     noise = jax.vmap(jax.vmap(lambda key: jax.random.gumbel(key, logits.shape[-1:])))(keys)
     return jnp.argmax(logits + noise, axis=-1)
+
+
+def _cut(logits: jax.Array, enough: Callable[[jax.Array], jax.Array]) -> jax.Array:
+    """Keeps the fewest of the largest logits [batch, window, vocab] that are enough, and those equal to the least of them.
+
+    The least one is found bit by bit, from sums over the vocabulary: sorting would gather it from its shards.
+
+    Args:
+      enough: from flags [batch, window, vocab] to [batch, window]. If even all are not enough, all are kept.
+    """
+    bits = jax.lax.bitcast_convert_type(logits, jnp.int32)
+    ordered = bits ^ ((bits >> 31) & 0x7FFFFFFF)  # integers in the order of the floats
+
+    def narrow(i, least):
+        higher = least + (jnp.int32(1) << (31 - i))  # of the first bit: from the lowest integer to 0
+        return jnp.where(enough(ordered >= higher[..., None]), higher, least)
+
+    least = jax.lax.fori_loop(0, 32, narrow, jnp.full(logits.shape[:-1], jnp.iinfo(jnp.int32).min))
+    return jnp.where(ordered >= least[..., None], logits, -jnp.inf)
