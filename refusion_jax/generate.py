@@ -213,7 +213,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     what.add_argument("--prompts", type=pathlib.Path, metavar="FILE.jsonl", help='one {"prompt": ...} or {"query": ...} per line')
     what.add_argument("--interactive", action="store_true", help="ask for prompts; answers appear while they are decoded")
     parser.add_argument("--out", type=pathlib.Path, metavar="FILE.jsonl", help="with --prompts: the same lines with text, tokens, order, rounds, forwards, tokens_per_forward")
-    parser.add_argument("--resume", action="store_true", help="go on after the answers that --out holds already (with a temperature, the rest is sampled anew)")
+    parser.add_argument("--resume", action="store_true", help="go on after the answers that --out holds already")
     parser.add_argument("--skip-bad", action="store_true", help="report lines of --prompts that cannot be answered and do the others")
     parser.add_argument("--show-order", action="store_true", help="colour tokens by the round they were committed in")
     parser.add_argument("--color", choices=("auto", "always", "never"), default="auto", help="with --show-order; auto: numbers instead of colours when not on a terminal or with NO_COLOR")
@@ -309,12 +309,12 @@ def answer_file(decoder: Decoder, config: SamplerConfig, arguments: argparse.Nam
     written = done
     try:
         with arguments.out.open("a", encoding="utf-8") as out:
-            options = dict(batch_size=arguments.batch_size, seed=arguments.seed, every=32)
-            for answer in decoder.stream(prompts[done:], config, **options):
+            options = dict(batch_size=arguments.batch_size, seed=arguments.seed, start=done, every=32)
+            for answer in decoder.stream(prompts, config, **options):
                 progress.add(answer.generation)
                 if not answer.generation.finished:
                     continue
-                index = done + answer.generation.index
+                index = answer.generation.index
                 waiting[index] = json.dumps({**records[index], **as_record(answer)}, ensure_ascii=False)
                 while written in waiting:
                     out.write(waiting.pop(written) + "\n")

@@ -102,7 +102,7 @@ def test_file_keeps_order_and_fields(checkpoint, answers, tmp_path, capsys):
 
 def test_resumed_file_equals_an_uninterrupted_one(loaded, checkpoint, tmp_path):
     write_lines(tmp_path / "in.jsonl", [{"prompt": q} for q in QUERIES])
-    out, arguments = tmp_path / "out.jsonl", ["--prompts", tmp_path / "in.jsonl", "--out", tmp_path / "out.jsonl"]
+    out, arguments = tmp_path / "out.jsonl", ["--prompts", tmp_path / "in.jsonl", "--out", tmp_path / "out.jsonl", "--temperature", "1"]
     run(checkpoint, *arguments)
     whole = out.read_bytes()
     for kept in (0, len(whole) // 2, len(whole) - 1, len(whole)):  # in the middle of a line; at the end of one without its newline

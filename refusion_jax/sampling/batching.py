@@ -84,6 +84,7 @@ def stream(
     *,
     batch_size: int = 8,
     seed: int = 0,
+    start: int = 0,
     every: int = 0,
     max_prompt_length: int = 0,
     mesh: Mesh | None = None,
@@ -98,6 +99,7 @@ def stream(
       params: parameters of the model.
       prompts: ids of each prompt.
       batch_size: rows of the batch; a power of two that is enough when there are fewer prompts.
+      start: index of the first prompt to decode; the answers are those of a call that decodes all.
       every: also yield what there is of every unfinished answer after every so many forwards; 0: never.
       max_prompt_length: make room for prompts of this length; 0: the longest given. Setting it keeps one compiled
         program over several calls.
@@ -117,7 +119,7 @@ def stream(
             f"beside the answer (max_prompt_length {max_prompt_length}); shorten it or raise max_prompt_length."
         )
     shards = mesh.shape["data"] * mesh.shape["fsdp"] if mesh else 1
-    batch = min(batch_size, 1 << max(0, len(prompts) - 1).bit_length())
+    batch = min(batch_size, 1 << max(0, len(prompts) - start - 1).bit_length())
     batch = -(-batch // shards) * shards
     sampler, settings = make_sampler(model, config, batch), Settings.of(config)
     cache_length = bucket(max_prompt_length or longest) + config.length + sampler.window
@@ -127,7 +129,7 @@ def stream(
 
     with sharding.use(mesh, sharding.DECODE_RULES) if mesh else contextlib.nullcontext():
         state = empty(sampler, batch, cache_length)
-        waiting = list(range(len(prompts)))[::-1]
+        waiting = list(range(start, len(prompts)))[::-1]
         owner = [None] * batch  # which prompt each row decodes
         while waiting or any(prompt is not None for prompt in owner):
             free = [row for row in range(batch) if owner[row] is None]
