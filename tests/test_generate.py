@@ -82,6 +82,12 @@ def test_text_in_and_out_is_the_sampler_between_chat_template_and_decoding(decod
     assert max(max(g.rounds) for g in ids) > 0  # or the tests of order below would show little
 
 
+def test_several_devices_give_the_answers_of_one(checkpoint, answers):
+    """Rows over data and fsdp, weights over tensor, read by every device as its own part of them."""
+    spread = generate.Decoder.load(checkpoint, mesh="2,2,2").generate(QUERIES, batch_size=4, **SETTINGS)
+    assert spread == answers
+
+
 @pytest.mark.parametrize("given", [{}, {"gen_length": 200}, {"slot_size": 7, "gen_length": 23}, {"method": "autoregressive"}, {"gen_length": 1}])
 def test_settings_that_are_not_given_suit_the_model(decoder, given):
     config = decoder.settings(temperature=None, **given)
