@@ -27,7 +27,7 @@ from refusion_jax.errors import UserError, run_main
 from refusion_jax.metrics import flops
 from refusion_jax.metrics.writers import Metrics, Progress
 from refusion_jax.objective.slots import PackedBatch
-from refusion_jax.parallel import distributed, sharding
+from refusion_jax.parallel import distributed, sharding, watch
 from refusion_jax.parallel.mesh import make_mesh
 
 
@@ -256,7 +256,8 @@ def main() -> None:
     parser.add_argument("--process-id", type=int)
     arguments, config = parse_config(parser)
     distributed.initialize(arguments.coordinator, arguments.num_processes, arguments.process_id)
-    train(config, arguments.workdir)
+    with watch.others():
+        train(config, arguments.workdir)
 
 
 if __name__ == "__main__":

@@ -18,14 +18,17 @@ from refusion_jax.parallel import distributed
 SCRIPT = """
 import json, os, sys, time, jax, jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec
-from refusion_jax.errors import run_main
-from refusion_jax.parallel import distributed
+from refusion_jax.errors import UserError, run_main
+from refusion_jax.parallel import distributed, watch
 from refusion_jax.parallel.mesh import make_mesh
 
 def main():
     distributed.HEARTBEAT_TIMEOUT = 10
     distributed.initialize(timeout=int(sys.argv[2]))
-    index = jax.process_index()
+    with watch.others():
+        run(jax.process_index())
+
+def run(index):
     if sys.argv[1] == "disagree":
         distributed.check_same_config(json.dumps({"steps": 3, "optimizer": {"lr": [1e-4, 2e-4][index], "b1": 0.9}}))
     distributed.check_same_config(json.dumps({"steps": 3}))
@@ -37,6 +40,10 @@ def main():
     for step in range(2000):
         time.sleep(0.02)
         assert float(total(ones)) == 8
+        if sys.argv[1] == f"fail {index}" and step == 5:
+            raise UserError("The disk is full. Make room.")
+        if sys.argv[1] == f"break {index}" and step == 5:
+            raise KeyError("a mistake")
         if stop.requested(step):
             print("stopped after step", step)
             break
@@ -64,22 +71,46 @@ def test_processes_meet_and_a_signal_stops_both_at_the_same_step(whom, tmp_path)
     assert steps[0] == steps[1]
 
 
-@pytest.mark.parametrize("index, message", [(1, r"unhealthy \(stopped sending heartbeats\):\s+1\b"), (0, "leader task was preempted/died")])
-def test_killed_process_stops_the_other_with_an_error_that_names_it(index, message, tmp_path):
-    """The coordinator is noticed by its closed connection, any other process by its missing heartbeat."""
+@pytest.mark.parametrize("index", [0, 1])
+def test_killed_process_stops_the_other_with_an_error_that_names_it(index, tmp_path):
+    """The coordinator, whose end JAX takes for a reason to abort, and another."""
     started = start(["-c", SCRIPT, "run", "60"], processes=2, folder=tmp_path)
     for log in range(2):
         wait_for("running", tmp_path / f"{log}.log", started[log])
     started[index].kill()
     codes, outputs = finish(started, tmp_path)
-    assert codes[1 - index] not in (0, None)
-    assert re.search(message, outputs[1 - index]), outputs[1 - index]
+    assert codes[1 - index] == 2, outputs
+    check_last_words(outputs[1 - index], rf"process {index} \(host \S+\) ended without a word: .* the same --workdir to resume .*", index == 0)
+
+
+def check_last_words(output: str, error: str, aborting: bool = False) -> None:
+    """The output ends with that error, in one paragraph, and has no other; when JAX is `aborting`, among what it logs."""
+    assert [bool(re.fullmatch(f"error: {error}", line)) for line in output.splitlines() if line.startswith("error: ")] == [True], output
+    assert "Traceback" not in output
+    if not aborting:
+        assert output.splitlines()[-1].startswith("error: ")
+        assert "coordination_service" not in output
+
+
+@pytest.mark.parametrize("index, how, code, error", [
+    (0, "fail", 2, "The disk is full. Make room."), (1, "fail", 2, "The disk is full. Make room."), (1, "break", 1, "KeyError: 'a mistake'"),
+])  # fmt: skip
+def test_process_that_fails_alone_stops_the_others_which_say_why(index, how, code, error, tmp_path):
+    """Process 2 learns from process 0 what befell process 1."""
+    codes, outputs = finish(start(["-c", SCRIPT, f"{how} {index}", "60"], processes=4, devices=2, folder=tmp_path), tmp_path)
+    assert codes == [code if i == index else 2 for i in range(4)], outputs
+    for i, output in enumerate(outputs):
+        if i == index:
+            assert error in output and "coordination_service" not in output
+        else:
+            check_last_words(output, rf"process {index} \(host \S+\) failed: {re.escape(error)}")
 
 
 def test_processes_that_disagree_on_the_config_all_stop_naming_the_field(tmp_path):
     codes, outputs = finish(start(["-c", SCRIPT, "disagree", "60"], processes=2, folder=tmp_path), tmp_path)
     assert codes == [2, 2], outputs
     for output in outputs:
+        assert "failed" not in output
         assert "disagree on the config: optimizer.lr is 0.0001 on process 0 but 0.0002 on process 1" in " ".join(output.split())
 
 
@@ -270,8 +301,8 @@ def test_killed_process_stops_the_other_and_the_run_resumes(job):
     wait_for(r"step 5/", job.folder / "killed" / "0.log", started[0])
     started[1].kill()
     codes, outputs = finish(started, job.folder / "killed")
-    assert codes[0] not in (0, None)
-    assert "another task died" in outputs[0]
+    assert codes[0] == 2, outputs[0]
+    check_last_words(outputs[0], r"process 1 \(host \S+\) ended without a word: .*")
     last = orbax.steps_in(job.folder / "killed" / "run")[-1]
     assert 2 <= last < STEPS
     assert f"resumed from step {last}" in job.run("killed", 2)[0]

@@ -7,8 +7,8 @@ A run of one process needs nothing of this. With several, `initialize` comes bef
 * anywhere else each process is told the coordinator (process 0's address), their number and its own index, by flags or by
   the environment: JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES, JAX_PROCESS_ID.
 
-When a process dies, JAX's heartbeats notice, and every other process stops within `HEARTBEAT_TIMEOUT` seconds with a message
-that names it, rather than waiting for ever in a collective; starting the job again resumes it.
+How the others learn of a process that fails or dies is in watch.py; JAX's heartbeats, which abort a process, are the second
+line. Starting the job again resumes it.
 """
 
 import contextlib
