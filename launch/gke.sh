@@ -60,7 +60,7 @@ if [ "${accelerator#tpu}" != "$accelerator" ]; then
               cloud.google.com/gke-tpu-topology: $topology"
   annotations='{alpha.jobset.sigs.k8s.io/exclusive-topology: cloud.google.com/gke-nodepool}' # a slice is a node pool
   environment='[]' # GKE tells TPU workers about each other
-  [ "$slices" = 1 ] || train+=("--config.mesh.data=$slices")
+  [ "$slices" = 1 ] || train=(python -m refusion_jax.train "--config.mesh.data=$slices" "$@") # the caller may say more
 else
   [ -z "$topology" ] || die "--topology is for TPUs; $accelerator takes --nodes and --gpus-per-node"
   replicas=1 hosts="$nodes" resource="nvidia.com/gpu: $gpus"

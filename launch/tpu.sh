@@ -59,7 +59,7 @@ case $action in
   start)
     check_train_arguments "$@"
     train=(python -m refusion_jax.train "$@")
-    [ "$slices" = 1 ] || train+=("--config.mesh.data=$slices")
+    [ "$slices" = 1 ] || train=(python -m refusion_jax.train "--config.mesh.data=$slices" "$@") # the caller may say more
     archive="${TMPDIR:-/tmp}/refusion_jax.tar.gz"
     run git -C "$ROOT" archive --format=tar.gz "--output=$archive" HEAD
     queued scp "$archive" "$name:" "${all[@]}"

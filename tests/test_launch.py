@@ -96,7 +96,7 @@ def train_arguments(printed: str) -> list[list[str]]:
 def test_dry_run_prints_a_command_that_the_trainer_accepts(case):
     arguments, added = STARTS[case]
     commands = train_arguments(dry_run(arguments, TRAIN))
-    assert commands == [TRAIN + added] * (2 if "processes" in case else 1)
+    assert commands == [added + TRAIN] * (2 if "processes" in case else 1)
     parser = argparse.ArgumentParser()
     config_lib.add_config_arguments(parser)
     parser.add_argument("--workdir")
