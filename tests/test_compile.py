@@ -96,6 +96,15 @@ def test_shardings_are_the_reviewed_ones(name):
     assert compile_step.shardings(config.model) == (ROOT / f"tests/golden/{name}.txt").read_text()
 
 
+def collectives_of_a_gradient(mesh, *shape: int) -> list[hlo.Collective]:
+    """Of the gradient of a weight of that shape, sharded over fsdp, from rows sharded over data x fsdp; all in bfloat16."""
+    place = lambda shape, *spec: jax.ShapeDtypeStruct(shape, jnp.bfloat16, sharding=jax.sharding.NamedSharding(mesh, jax.P(*spec)))
+    w, x = place(shape, "fsdp"), place((64, 128, shape[0]), ("data", "fsdp"))
+    gradient = jax.jit(lambda x, w: jax.grad(lambda w: jnp.sum(jnp.sin(x @ w)).astype(jnp.float32))(w), out_shardings=w.sharding)
+    compiled, _ = compile_step.compile_program(gradient.lower(x, w), "the test's mesh")
+    return hlo.collective_list(compiled.as_text(), mesh)
+
+
 LOOP = """
 HloModule jit_f, is_scheduled=true
 
@@ -157,6 +166,9 @@ def test_the_estimate_names_the_largest_limit():
     chip = CHIPS["TPU v5 lite"]
     found = roofline.estimate(mesh, "TPU v5 lite", flops=2 * chip.peak_flops, memory_bytes=3 * chip.bandwidth, collectives=[])
     assert found == {"compute": 2, "memory": 3, "interconnect": 0, "step": 3, "limit": "memory"}
+    send = hlo.Collective("all-reduce", ("data",), (), bytes=chip.network, runs=4, conditional=False, between_slices=True, source="")
+    found = roofline.estimate(mesh, "TPU v5 lite", flops=0, memory_bytes=0, collectives=[send, dataclasses.replace(send, conditional=True)])
+    assert (found["interconnect"], found["limit"]) == (4, "interconnect")
     assert roofline.estimate(mesh, "cpu", 1, 1, []) == {}
 
 
@@ -233,17 +245,21 @@ class TestTpuCompiler:
         for c in hlo.collective_list(compiled.as_text(), mesh):
             assert c.kind not in ("all-gather", "all-to-all") or c.bytes < weight, c  # logits are not gathered, even to sample
 
+    def test_gradients_are_reduce_scattered_where_data_splits_a_slice(self):
+        """With fsdp over a part of a slice; over the whole of it XLA may sum all of every gradient on every device."""
+        mesh = make_mesh(2, 4, 1, devices=compile_step.topology_devices("v5e:2x4"))
+        found = {(c.kind, c.axes): c.bytes for c in collectives_of_a_gradient(mesh, 512, 1024)}
+        size = 512 * 1024 * 2
+        assert found == {("all-gather", ("fsdp",)): size * 3 / 4, ("reduce-scatter", ("fsdp",)): size * 3 / 4, ("all-reduce", ("data",)): size / 4}
+
     def test_only_the_data_axis_crosses_slices(self):
         """Two slices: weights are gathered inside a slice; between slices only one device's shard of their gradient is summed."""
         mesh = make_mesh(2, 4, 1, devices=compile_step.topology_devices("v5e:2x2", slices=2))
-        place = lambda shape, *spec: jax.ShapeDtypeStruct(shape, jnp.bfloat16, sharding=jax.sharding.NamedSharding(mesh, jax.P(*spec)))
-        w, x = place((512, 1024), "fsdp"), place((64, 128, 512), ("data", "fsdp"))
-        gradient = jax.jit(lambda x, w: jax.grad(lambda w: jnp.sum(jnp.sin(x @ w)).astype(jnp.float32))(w), out_shardings=w.sharding)
-        compiled, _ = compile_step.compile_program(gradient.lower(x, w), "v5e:2x2")
-        found = hlo.collective_list(compiled.as_text(), mesh)
+        found = collectives_of_a_gradient(mesh, 512, 1024)
         assert {c.axes for c in found if c.kind in ("all-gather", "reduce-scatter")} == {("fsdp",)}
         (between,) = [c for c in found if "data" in c.axes]
-        assert (between.kind, between.bytes) == ("all-reduce", 512 * 1024 * 2 / 4)
+        assert (between.kind, between.bytes, between.between_slices) == ("all-reduce", 512 * 1024 * 2 / 4, True)
+        assert all(not c.between_slices for c in found if c != between)
 
     def test_a_topology_that_is_too_small_says_by_how_much(self):
         mesh = make_mesh(1, 4, 1, devices=compile_step.topology_devices("v5e:2x2"))

@@ -1,8 +1,8 @@
 """Compiles the real training step, or a decoding step, for a TPU topology on a machine without one, or for the local devices.
 
-    python tools/compile_step.py --config configs/8b.py --topology v5p:4x4x4
+    python tools/compile_step.py --config configs/8b.py --topology v5p:4x4x4 --config.mesh.data=4
     python tools/compile_step.py --config configs/8b.py --topology v6e:2x4 --decode --batch 32 --config.mesh.fsdp=1 --config.mesh.tensor=-1
-    python tools/compile_step.py --config configs/8b.py --topology v5p:4x4x4 --slices 2 --config.mesh.data=2
+    python tools/compile_step.py --config configs/8b.py --topology v5p:4x4x4 --slices 2 --config.mesh.data=8
 
 Prints the memory of one device against the chip's, the collectives by kind and mesh axis, the work by formula, and a lower bound
 of the step's time with what limits it. TPU topologies need libtpu: pip install 'refusion_jax[tpu]'.
@@ -206,14 +206,21 @@ def report(compiled: jax.stages.Compiled, mesh: Mesh, work: Work) -> dict:
 
 
 def summary(collectives: list[Collective]) -> list[dict]:
-    """Collectives by kind, mesh axes and whether they may be skipped, the largest first."""
+    """Collectives by kind, mesh axes, network, and whether they may be skipped, the largest first."""
     groups: dict[tuple, list[Collective]] = collections.defaultdict(list)
     for collective in collectives:
-        groups[collective.kind, collective.axes, collective.conditional].append(collective)
+        groups[collective.kind, collective.axes, collective.between_slices, collective.conditional].append(collective)
     rows = [
-        {"kind": kind, "axes": list(axes), "conditional": conditional, "runs": sum(c.runs for c in group), "bytes": math.fsum(c.bytes * c.runs for c in group)}
-        for (kind, axes, conditional), group in groups.items()
-    ]  # fmt: skip
+        {
+            "kind": kind,
+            "axes": list(axes),
+            "between_slices": between_slices,
+            "conditional": conditional,
+            "runs": sum(c.runs for c in group),
+            "bytes": math.fsum(c.bytes * c.runs for c in group),
+        }
+        for (kind, axes, between_slices, conditional), group in groups.items()
+    ]
     return sorted(rows, key=lambda row: -row["bytes"])
 
 
@@ -228,7 +235,7 @@ def describe(result: dict) -> str:
         memory += f" of {gib(result['chip_bytes'])}: " + (f"fits, {gib(spare)} to spare" if spare >= 0 else f"does not fit, {gib(-spare)} are missing")
     lines.append(f"memory per device: {memory}")
     lines.append("sent by each device" + (":" if result["collectives"] else ": nothing"))
-    lines += [f"  {row['kind']:<20}{' x '.join(row['axes']):<18}{row['runs']:>7} runs {row['bytes'] / 1e9:>10.3f} GB{' (in a branch)' * row['conditional']}" for row in result["collectives"]]
+    lines += [f"  {row['kind']:<20}{' x '.join(row['axes']):<18}{row['runs']:>7} runs {row['bytes'] / 1e9:>10.3f} GB{' between slices' * row['between_slices']}{' (in a branch)' * row['conditional']}" for row in result["collectives"]]
     lines.append(f"work: {result['model_flops']:.3g} FLOP for {result['tokens']:.0f} tokens; each device {result['device_flops']:.3g} FLOP, {result['device_bytes'] / 1e9:.1f} GB of memory traffic (formula)")
     if result["seconds"]:
         seconds = ", ".join(f"{name} {result['seconds'][name] * 1e3:.1f} ms" for name in ("compute", "memory", "interconnect"))

@@ -31,6 +31,7 @@ class Collective:
       bytes: that one device sends in one run.
       runs: how often it runs per call of the program. In a loop without a fixed trip count: once per round.
       conditional: whether it runs in a branch that may not be taken.
+      between_slices: whether it goes over the network that joins TPU slices.
       source: where in the traced program it comes from.
     """
 
@@ -40,6 +41,7 @@ class Collective:
     bytes: float
     runs: int
     conditional: bool
+    between_slices: bool
     source: str
 
 
@@ -137,7 +139,7 @@ def collective_list(text: str, mesh: Mesh) -> list[Collective]:
             }[kind]
             channel = re.search(r"channel_id=(\d+)", line)
             source = re.search(r'op_name="([^"]*)"', line)
-            new = Collective(kind, axes, tuple(arrays(result)), sent, counts[name], not certain[name], source.group(1) if source else "")
+            new = Collective(kind, axes, tuple(arrays(result)), sent, counts[name], not certain[name], False, source.group(1) if source else "")
             key = channel.group(1) if channel else (name, number)
             old = found.get(key)
             found[key] = new if old is None or new.bytes * new.runs > old.bytes * old.runs else old
@@ -153,7 +155,7 @@ def _between_slices(line: str, mesh: Mesh, runs: int, conditional: bool) -> Coll
     shapes = tuple(arrays(line.split(" send(")[0])[:1])
     size = sum(array_bytes(*a) for a in shapes)
     source = re.search(r'_xla_host_transfer_rendezvous="([^"]*)"', line)
-    return Collective(kind, axes, shapes, 2 * size * (count - 1) / count if kind == "all-reduce" else size, runs, conditional, source.group(1) if source else "")
+    return Collective(kind, axes, shapes, 2 * size * (count - 1) / count if kind == "all-reduce" else size, runs, conditional, True, source.group(1) if source else "")
 
 
 def _group(line: str, devices: int) -> list[int]:

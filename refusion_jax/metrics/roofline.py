@@ -1,5 +1,6 @@
 """A lower bound of a step's time: compute, device memory and interconnect, each at its data-sheet rate and fully overlapped."""
 
+import functools
 import math
 
 import numpy as np
@@ -37,20 +38,18 @@ def decode_bytes(config: ModelConfig, rows: float, cache_length: int, tensor: in
 
 
 def axis_bandwidth(mesh: Mesh, axes: tuple[str, ...], chip: Chip) -> float:
-    """Bytes per second that a device sends in a collective over mesh axes.
+    """Bytes per second that a device sends in a collective over mesh axes, inside a slice where there are several.
 
     On a TPU the group lies along some dimensions of the torus; each gives a link, and another one where it wraps around
-    (dimensions of 16 in two-dimensional tori, multiples of 4 in three-dimensional ones). Over slices the network is the limit.
+    (dimensions of 16 in two-dimensional tori, multiples of 4 in three-dimensional ones).
     """
     index = tuple(slice(None) if name in axes else 0 for name in mesh.axis_names)
     group = mesh.devices[index].reshape(-1)
-    if len({getattr(d, "slice_index", 0) or 0 for d in group}) > 1:
-        return chip.network
     if getattr(group[0], "platform", "") != "tpu":
         return chip.link if len({d.process_index for d in group}) == 1 else chip.network
     everywhere = np.array([d.coords for d in mesh.devices.reshape(-1)])
     whole = everywhere.max(axis=0) - everywhere.min(axis=0) + 1
-    own = np.array([d.coords for d in group])
+    own = np.array([d.coords for d in group])  # the same in every slice
     flat = sum(size > 1 for size in whole) <= 2 and "lite" in group[0].device_kind
     links = 0
     for size, extent in zip(whole, own.max(axis=0) - own.min(axis=0) + 1, strict=True):
@@ -75,13 +74,11 @@ def estimate(mesh: Mesh, kind: str, flops: float, memory_bytes: float, collectiv
     chip = CHIPS.get(kind)
     if chip is None:
         return {}
-    sent: dict[tuple[str, ...], float] = {}
-    for c in (c for c in collectives if not c.conditional):
-        sent[c.axes] = sent.get(c.axes, 0.0) + c.bytes * c.runs
+    rate = functools.cache(lambda axes, between_slices: chip.network if between_slices else axis_bandwidth(mesh, axes, chip))
     seconds = {
         "compute": flops / chip.peak_flops,
         "memory": memory_bytes / chip.bandwidth,
-        "interconnect": math.fsum(size / axis_bandwidth(mesh, axes, chip) for axes, size in sent.items()),
+        "interconnect": math.fsum(c.bytes * c.runs / rate(c.axes, c.between_slices) for c in collectives if not c.conditional),
     }
     limit = max(seconds, key=seconds.get)
     return {**seconds, "step": seconds[limit], "limit": limit}
