@@ -107,19 +107,19 @@ def test_attention_on_a_cache_equals_the_reference(monkeypatch, window, chunk):
     rng = np.random.default_rng(0)
     lengths, capacity, layers = [0, 5, 16, 29], 50, 2
     draw = lambda *shape: rng.normal(size=shape).astype(np.float32)
-    k, v = draw(2, layers, 4, capacity, 2, 8)
+    k, v = draw(2, layers, 4, 2, capacity, 8)
     q, new_k, new_v = draw(4, window, 6, 8), *draw(2, 4, window, 2, 8)
     mask = (rng.random((4, window, window)) < 0.5) | np.eye(window, dtype=bool)
     context = attention.CachedAttention.start(KVCache(*map(jnp.array, (k, v, lengths))), jnp.array(mask), window).replace(layer=jnp.int32(1))
     out, context = context.attend(q, new_k, new_v)
     for row, length in enumerate(lengths):
-        keys, values = (np.concatenate([old[1, row, :length], new[row]])[None] for old, new in ((k, new_k), (v, new_v)))
+        keys, values = (np.concatenate([old[1, row, :, :length].swapaxes(0, 1), new[row]])[None] for old, new in ((k, new_k), (v, new_v)))
         visible = np.concatenate([np.ones((window, length), bool), mask[row]], axis=1)
         keys, values = (np.repeat(x, 3, axis=2) for x in (keys, values))  # each for three query heads
         scores = jnp.einsum("btnh,bsnh->bnts", q[row : row + 1], keys) / np.sqrt(8)
         expected = jnp.einsum("bnts,bsnh->btnh", jax.nn.softmax(jnp.where(visible, scores, -jnp.inf)), values)
         np.testing.assert_allclose(out[row : row + 1], expected, atol=1e-5)
-        np.testing.assert_array_equal(context.k[1, row, length : length + window], new_k[row])
+        np.testing.assert_array_equal(context.k[1, row, :, length : length + window].swapaxes(0, 1), new_k[row])
     np.testing.assert_array_equal(context.k[0], k[0])
 
 

@@ -120,7 +120,7 @@ def decode_program(config: Config, mesh: Mesh, sampler_config: SamplerConfig, ba
         nn.unbox(sharding.abstract_params(model)), sharding.param_shardings(model, mesh, sharding.DECODE_RULES),
     )  # fmt: skip
     rows = NamedSharding(mesh, PartitionSpec(("data", "fsdp")))
-    cache = NamedSharding(mesh, PartitionSpec(None, ("data", "fsdp"), None, "tensor"))
+    cache = NamedSharding(mesh, PartitionSpec(None, ("data", "fsdp"), "tensor"))
     state = jax.eval_shape(lambda: sampler.empty(batch, cache_length))
     state = State(
         cache=KVCache(k=place(state.cache.k, cache), v=place(state.cache.v, cache), length=place(state.cache.length, rows)),

@@ -96,7 +96,7 @@ class CachedAttention:
     no further than the longest row has come, so neither time nor temporaries follow the size of the cache.
     """
 
-    k: jax.Array  # [layer, batch, cache_length, kv_head, head_dim]
+    k: jax.Array  # [layer, batch, kv_head, cache_length, head_dim]
     v: jax.Array
     length: jax.Array  # [batch] committed entries
     chunks: jax.Array  # scalar: chunks of the cache that hold all of them
@@ -114,35 +114,36 @@ class CachedAttention:
     def attend(self, q, k, v):
         """q [B, T, N, H], k and v [B, T, K, H] -> ([B, T, N, H], self with the window written)."""
         batch, window, heads, dim = q.shape
-        rows, index = jnp.arange(batch)[:, None], self.length[:, None] + jnp.arange(window)
-        k, v = k.astype(self.k.dtype), v.astype(self.v.dtype)
-        keys = self.k.at[self.layer, rows, index].set(k, mode="drop", unique_indices=True)
-        values = self.v.at[self.layer, rows, index].set(v, mode="drop", unique_indices=True)
-        grouped = q.reshape(batch, window, k.shape[2], -1, dim)
+        k, v = (jnp.einsum("BTKH->BKTH", x).astype(self.k.dtype) for x in (k, v))
+        row, head = jnp.arange(batch)[:, None, None], jnp.arange(k.shape[1])[None, :, None]
+        entry = (self.length[:, None] + jnp.arange(window))[:, None]  # [B, 1, T]
+        write = lambda old, new: old.at[self.layer, row, head, entry].set(new, mode="drop", unique_indices=True)
+        keys, values = write(self.k, k), write(self.v, v)
+        grouped = q.reshape(batch, window, k.shape[1], -1, dim)
 
         def accumulate(carry, k, v, mask):
-            """One more chunk of keys [B, S, K, H] under mask [B, T, S]: the running softmax."""
+            """One more chunk of keys [B, K, S, H] under mask [B, T, S]: the running softmax."""
             top, total, out = carry  # [B, K, G, T], the same, [B, K, G, T, H] in float32
-            scores = jnp.einsum("BTKGH,BSKH->BKGTS", grouped, k.astype(q.dtype), preferred_element_type=jnp.float32) * dim**-0.5
+            scores = jnp.einsum("BTKGH,BKSH->BKGTS", grouped, k.astype(q.dtype), preferred_element_type=jnp.float32) * dim**-0.5
             scores = jnp.where(mask[:, None, None], scores, jnp.finfo(jnp.float32).min)
             new_top = jnp.maximum(top, scores.max(axis=-1))
             weights, old = jnp.exp(scores - new_top[..., None]), jnp.exp(top - new_top)
-            part = jnp.einsum("BKGTS,BSKH->BKGTH", weights.astype(q.dtype), v.astype(q.dtype), preferred_element_type=jnp.float32)
+            part = jnp.einsum("BKGTS,BKSH->BKGTH", weights.astype(q.dtype), v.astype(q.dtype), preferred_element_type=jnp.float32)
             return new_top, total * old + weights.sum(axis=-1), out * old[..., None] + part
 
         def committed(i, carry):
-            size = min(KEY_CHUNK, keys.shape[2])
-            first = jnp.minimum(i * size, keys.shape[2] - size)  # the last chunk may overlap the one before
-            read = lambda x: jax.lax.dynamic_slice(x, (self.layer, 0, first, 0, 0), (1, batch, size, *x.shape[3:]))[0]
+            size = min(KEY_CHUNK, keys.shape[3])
+            first = jnp.minimum(i * size, keys.shape[3] - size)  # the last chunk may overlap the one before
+            read = lambda x: jax.lax.dynamic_slice(x, (self.layer, 0, 0, first, 0), (1, *k.shape[:2], size, dim))[0]
             entry = first + jnp.arange(size)
             mask = (entry < self.length[:, None]) & (entry >= i * size)
             return accumulate(carry, read(keys), read(values), mask[:, None])
 
-        shape = (batch, k.shape[2], heads // k.shape[2], window)
+        shape = (batch, k.shape[1], heads // k.shape[1], window)
         carry = jnp.full(shape, jnp.finfo(jnp.float32).min), jnp.zeros(shape), jnp.zeros((*shape, dim))
         for first in range(0, window, KEY_CHUNK):
             part = slice(first, first + KEY_CHUNK)
-            carry = accumulate(carry, k[:, part], v[:, part], self.window_mask[:, :, part])
+            carry = accumulate(carry, k[:, :, part], v[:, :, part], self.window_mask[:, :, part])
         _, total, out = jax.lax.fori_loop(0, self.chunks, committed, carry)
         out = (out / total[..., None]).astype(q.dtype)
         return jnp.einsum("BKGTH->BTKGH", out).reshape(q.shape), self.replace(k=keys, v=values, layer=self.layer + 1)
