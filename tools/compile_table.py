@@ -23,10 +23,11 @@ TRAIN = {
     "1p7b-v5e-4x4": "--config configs/1p7b.py --topology v5e:4x4 --config.accumulation=16 --config.model.remat=minimal",
     "32b-v5p-8x8x4": "--config configs/32b.py --topology v5p:8x8x4 --config.mesh.data=4 --config.model.remat=minimal",
 }
+# Several copies of the weights where there is room for them and for the cache: with fewer shards less is sent.
 DECODE = {
-    f"8b-decode-{chip}-2x4-{batch}": f"--config configs/8b.py --topology {chip}:2x4 --decode --batch {batch} --config.mesh.fsdp=1 --config.mesh.tensor=-1"
-    for chip in ("v5e", "v6e")
-    for batch in (1, 32, 256)
+    f"8b-decode-{chip}-2x4-{batch}": f"--config configs/8b.py --topology {chip}:2x4 --decode --batch {batch} "
+    f"--config.mesh.data={copies} --config.mesh.fsdp=1 --config.mesh.tensor=-1"
+    for chip, batch, copies in (("v5e", 1, 1), ("v5e", 32, 2), ("v5e", 256, 2), ("v6e", 1, 1), ("v6e", 32, 4), ("v6e", 256, 4))
 }
 
 
