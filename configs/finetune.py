@@ -16,9 +16,13 @@ from refusion_jax.errors import UserError
 
 
 def get_config(argument: str = "") -> ConfigDict:
-    arg = parse_arguments(argument, init_from="", data="", tokenizer="", dtype="bfloat16", max_length=4096, held_out=0.05)
+    arg = parse_arguments(
+        argument, init_from="", data="", tokenizer="", dtype="bfloat16", max_length=4096, held_out=0.05
+    )
     if not arg.init_from or not arg.data:
-        raise UserError("configs/finetune.py needs to know what and on what: configs/finetune.py:init_from=DIR,data=DATA.json")
+        raise UserError(
+            "configs/finetune.py needs to know what and on what: configs/finetune.py:init_from=DIR,data=DATA.json"
+        )
     source = dict(kind="jsonl" if arg.data.endswith(".jsonl") else "json", path=arg.data)
     return ConfigDict(
         dict(

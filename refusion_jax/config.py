@@ -68,7 +68,10 @@ class SourceConfig:
         _choice("data source", self, "kind", SOURCE_KINDS)
         _positive("data source", self, "weight", "size")
         if not 0 <= self.start < self.stop <= 1:
-            raise UserError(f"data source {self.path}: start = {self.start} and stop = {self.stop} are fractions with 0 <= start < stop <= 1.")
+            raise UserError(
+                f"data source {self.path}: start = {self.start} and stop = {self.stop} are fractions with 0 <= start "
+                "< stop <= 1."
+            )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -143,7 +146,9 @@ class OptimizerConfig:
         _positive("optimizer", self, "lr", "eps", "clip_norm")
         _not_negative("optimizer", self, "warmup_steps", "weight_decay", "b1", "b2")
         if max(self.b1, self.b2) >= 1:
-            raise UserError(f"optimizer.b1 = {self.b1} and optimizer.b2 = {self.b2} are decay rates; they must be below 1.")
+            raise UserError(
+                f"optimizer.b1 = {self.b1} and optimizer.b2 = {self.b2} are decay rates; they must be below 1."
+            )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -218,11 +223,26 @@ class Config:
 
     def __post_init__(self):
         _positive("config", self, "batch_size", "accumulation", "log_every", "keep_last")
-        _not_negative("config", self, "steps", "epochs", "seed", "eval_every", "eval_batches", "checkpoint_every_steps", "checkpoint_every_minutes", "keep_best", "profile")
+        _not_negative(
+            "config",
+            self,
+            "steps",
+            "epochs",
+            "seed",
+            "eval_every",
+            "eval_batches",
+            "checkpoint_every_steps",
+            "checkpoint_every_minutes",
+            "keep_best",
+            "profile",
+        )
         if not self.steps and not self.epochs:
             raise UserError("config.steps and config.epochs are both 0; say how long to train.")
         if self.batch_size % self.accumulation:
-            raise UserError(f"config.batch_size = {self.batch_size} is not a multiple of config.accumulation = {self.accumulation}; every microbatch has the same size.")
+            raise UserError(
+                f"config.batch_size = {self.batch_size} is not a multiple of config.accumulation = "
+                f"{self.accumulation}; every microbatch has the same size."
+            )
 
     def to_json(self) -> str:
         return json.dumps(dataclasses.asdict(self), sort_keys=True)
@@ -237,7 +257,11 @@ def _build(cls: type, value: Any, where: str) -> Any:
     unknown = sorted(set(value) - set(fields))
     if unknown:
         raise UserError(f"Unknown setting {where}.{unknown[0]}; {where} has {', '.join(sorted(fields))}.")
-    missing = [n for n, f in fields.items() if n not in value and f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING]
+    missing = [
+        n
+        for n, f in fields.items()
+        if n not in value and f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
+    ]
     if missing:
         raise UserError(f"{where} lacks the setting {missing[0]}.")
     return cls(**{name: _convert(hints[name], item, f"{where}.{name}") for name, item in value.items()})
@@ -348,7 +372,12 @@ def _item(group: Any, part: str, name: str) -> Any:
 
 def add_config_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds --config to a command; `parse_config` then takes `--config.NAME=VALUE` overrides too."""
-    parser.add_argument("--config", required=True, metavar="FILE[:NAME=VALUE,...]", help="config file, with its arguments; override any setting with --config.NAME=VALUE")
+    parser.add_argument(
+        "--config",
+        required=True,
+        metavar="FILE[:NAME=VALUE,...]",
+        help="config file, with its arguments; override any setting with --config.NAME=VALUE",
+    )
 
 
 def parse_config(parser: argparse.ArgumentParser, argv: list[str] | None = None) -> tuple[argparse.Namespace, Config]:

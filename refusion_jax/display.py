@@ -129,7 +129,9 @@ class Progress:
         self._tokens: dict[int, int] = {}  # of every prompt seen so far
         self._done = self._finished_tokens = self._forwards = 0
         self._start = self._shown = time.monotonic()
-        self._warm: tuple[float, int] | None = None  # when the first tokens were there, and how many: what came before is compilation
+        self._warm: tuple[float, int] | None = (
+            None  # when the first tokens were there, and how many: what came before is compilation
+        )
 
     def add(self, generation: Generation) -> None:
         now = time.monotonic()
@@ -142,7 +144,9 @@ class Progress:
         if now - self._shown >= (0.1 if self._live else 10):
             self._shown = now
             text = self._text(now)
-            print(f"\r{text}\033[K" if self._live else text, end="" if self._live else "\n", file=sys.stderr, flush=True)
+            print(
+                f"\r{text}\033[K" if self._live else text, end="" if self._live else "\n", file=sys.stderr, flush=True
+            )
 
     def close(self) -> None:
         text = f"{self._done} answers in {time.monotonic() - self._start:.1f} s, compilation included"

@@ -75,7 +75,9 @@ class Decoder:
     slot_size: int = 32
 
     @classmethod
-    def load(cls, checkpoint: str, *, step: int | None = None, dtype: str = "", mesh: str = "1,1,1", tokenizer: str = "") -> "Decoder":
+    def load(
+        cls, checkpoint: str, *, step: int | None = None, dtype: str = "", mesh: str = "1,1,1", tokenizer: str = ""
+    ) -> "Decoder":
         """Reads a checkpoint.
 
         Args:
@@ -114,7 +116,9 @@ class Decoder:
           UserError: an empty prompt, or one that does not fit the model.
         """
         if not all(prompt.strip() for prompt in prompts):
-            raise UserError(f"Prompt {[bool(prompt.strip()) for prompt in prompts].index(False)} is empty; say something.")
+            raise UserError(
+                f"Prompt {[bool(prompt.strip()) for prompt in prompts].index(False)} is empty; say something."
+            )
         ids = self.tokenizer.encode_prompts(prompts) if prompts else []
         for generation in stream(self.params, self.model, config, ids, mesh=self.mesh, **options):
             yield Answer(self.tokenizer.decode(generation.tokens), generation)
@@ -139,11 +143,19 @@ def held_out(checkpoint: str, step: int | None = None) -> list[Source]:
     """
     config = run_config(checkpoint, step)
     if config is None:
-        raise UserError(f"{checkpoint} is not a training run of this project, so it has no held-out examples; name a run's --workdir, or give prompts.")
+        raise UserError(
+            f"{checkpoint} is not a training run of this project, so it has no held-out examples; name a run's "
+            "--workdir, or give prompts."
+        )
     settings = [{**source, "options": tuple(map(tuple, source["options"]))} for source in config["data"]["evaluation"]]
-    sources = [open_source(SourceConfig(**source)) for source in settings if source["query_field"] and source["kind"] != "text"]
+    sources = [
+        open_source(SourceConfig(**source)) for source in settings if source["query_field"] and source["kind"] != "text"
+    ]
     if not sources:
-        raise UserError(f"The run {checkpoint} has no evaluation data with prompts (config.data.evaluation); train with some, or give prompts.")
+        raise UserError(
+            f"The run {checkpoint} has no evaluation data with prompts (config.data.evaluation); train with some, or "
+            "give prompts."
+        )
     return sources
 
 
@@ -153,7 +165,9 @@ def parse_mesh(text: str) -> Mesh:
         sizes = [int(size) for size in text.split(",")]
         data, fsdp, tensor = sizes
     except ValueError:
-        raise UserError(f"--mesh is {text!r}; give three numbers data,fsdp,tensor such as 1,1,4, of which one may be -1 (the rest).") from None
+        raise UserError(
+            f"--mesh is {text!r}; give three numbers data,fsdp,tensor such as 1,1,4, of which one may be -1 (the rest)."
+        ) from None
     wanted = data * fsdp * tensor
     return make_mesh(data, fsdp, tensor, devices=jax.devices()[:wanted] if min(sizes) > 0 else None)
 
@@ -163,28 +177,56 @@ def parse_mesh(text: str) -> Mesh:
 
 def add_model_arguments(parser: argparse.ArgumentParser, required: bool = True) -> None:
     """Flags that say which model, and where it runs."""
-    parser.add_argument("--checkpoint", required=required, metavar="DIR", help="workdir of a run, converted checkpoint, Hugging Face folder or name")
+    parser.add_argument(
+        "--checkpoint",
+        required=required,
+        metavar="DIR",
+        help="workdir of a run, converted checkpoint, Hugging Face folder or name",
+    )
     parser.add_argument("--step", type=int, help="of a run; default: the last")
     parser.add_argument("--tokenizer", default="", help="name, folder or 'bytes'; default: the checkpoint's own")
-    parser.add_argument("--dtype", default="", choices=("float32", "bfloat16"), help="default: float32 on CPUs, bfloat16 elsewhere")
-    parser.add_argument("--mesh", default="1,1,1", metavar="DATA,FSDP,TENSOR", help="rows over data x fsdp, weights over tensor; one may be -1 (the rest)")
+    parser.add_argument(
+        "--dtype", default="", choices=("float32", "bfloat16"), help="default: float32 on CPUs, bfloat16 elsewhere"
+    )
+    parser.add_argument(
+        "--mesh",
+        default="1,1,1",
+        metavar="DATA,FSDP,TENSOR",
+        help="rows over data x fsdp, weights over tensor; one may be -1 (the rest)",
+    )
 
 
 def add_sampler_arguments(parser: argparse.ArgumentParser) -> None:
     """A flag for every field of SamplerConfig."""
     of = {field.name: field.default for field in dataclasses.fields(SamplerConfig)}
     group = parser.add_argument_group("decoding")
-    add = lambda name, type_, text, **more: group.add_argument(f"--{name}", type=type_, metavar=more.pop("metavar", "N"), help=text, **more)
+    add = lambda name, type_, text, **more: group.add_argument(
+        f"--{name}", type=type_, metavar=more.pop("metavar", "N"), help=text, **more
+    )
     add("gen-length", int, "tokens an answer may have; default: 512, or half of the model's positions")
     add("slot-size", int, "tokens of a slot; default: the largest the model was trained with, or 32")
     add("blocks", int, "parts decoded strictly left to right; default: blocks of about 4 slots")
-    add("slot-threshold", float, f"choose slots whose first token has a confidence above this; default {of['slot_threshold']}", metavar="P")
-    add("token-threshold", float, f"accept drafts whose probability is above this; default {of['token_threshold']}", metavar="P")
+    add(
+        "slot-threshold",
+        float,
+        f"choose slots whose first token has a confidence above this; default {of['slot_threshold']}",
+        metavar="P",
+    )
+    add(
+        "token-threshold",
+        float,
+        f"accept drafts whose probability is above this; default {of['token_threshold']}",
+        metavar="P",
+    )
     add("temperature", float, "0 is greedy (default); above, drafts are sampled", metavar="T")
     add("top-k", int, "sample among the k most probable tokens; default 0: all")
     add("top-p", float, "sample among the fewest tokens with this probability in total; default 1: all", metavar="P")
     group.add_argument("--method", choices=METHODS, help=f"default {of['method']}")
-    group.add_argument("--speculate", choices=SPECULATE, help="put tokens that may be needed next into the same forward: fewer forwards, same tokens; default auto")
+    group.add_argument(
+        "--speculate",
+        choices=SPECULATE,
+        help="put tokens that may be needed next into the same forward: fewer forwards, same tokens; default auto",
+    )
     add("window", int, "most tokens of a row's window with speculation; default 0: chosen")
 
 
@@ -196,7 +238,13 @@ def add_batch_arguments(parser: argparse.ArgumentParser) -> None:
 
 def decoder_of(arguments: argparse.Namespace) -> Decoder:
     """The model that the flags name."""
-    return Decoder.load(arguments.checkpoint, step=arguments.step, dtype=arguments.dtype, mesh=arguments.mesh, tokenizer=arguments.tokenizer)
+    return Decoder.load(
+        arguments.checkpoint,
+        step=arguments.step,
+        dtype=arguments.dtype,
+        mesh=arguments.mesh,
+        tokenizer=arguments.tokenizer,
+    )
 
 
 def settings_of(arguments: argparse.Namespace, decoder: Decoder, **given: Any) -> SamplerConfig:
@@ -206,22 +254,45 @@ def settings_of(arguments: argparse.Namespace, decoder: Decoder, **given: Any) -
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="python -m refusion_jax.generate", description=__doc__, epilog=SETTINGS, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog="python -m refusion_jax.generate",
+        description=__doc__,
+        epilog=SETTINGS,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     add_model_arguments(parser)
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--prompt", action="append", metavar="TEXT", help="a question; may be given several times")
-    what.add_argument("--prompts", type=pathlib.Path, metavar="FILE.jsonl", help='one {"prompt": ...} or {"query": ...} per line')
-    what.add_argument("--interactive", action="store_true", help="ask for prompts; answers appear while they are decoded")
-    parser.add_argument("--out", type=pathlib.Path, metavar="FILE.jsonl", help="with --prompts: the same lines with text, tokens, order, rounds, forwards, tokens_per_forward")
+    what.add_argument(
+        "--prompts", type=pathlib.Path, metavar="FILE.jsonl", help='one {"prompt": ...} or {"query": ...} per line'
+    )
+    what.add_argument(
+        "--interactive", action="store_true", help="ask for prompts; answers appear while they are decoded"
+    )
+    parser.add_argument(
+        "--out",
+        type=pathlib.Path,
+        metavar="FILE.jsonl",
+        help="with --prompts: the same lines with text, tokens, order, rounds, forwards, tokens_per_forward",
+    )
     parser.add_argument("--resume", action="store_true", help="go on after the answers that --out holds already")
-    parser.add_argument("--skip-bad", action="store_true", help="report lines of --prompts that cannot be answered and do the others")
+    parser.add_argument(
+        "--skip-bad", action="store_true", help="report lines of --prompts that cannot be answered and do the others"
+    )
     parser.add_argument("--show-order", action="store_true", help="colour tokens by the round they were committed in")
-    parser.add_argument("--color", choices=("auto", "always", "never"), default="auto", help="with --show-order; auto: numbers instead of colours when not on a terminal or with NO_COLOR")
+    parser.add_argument(
+        "--color",
+        choices=("auto", "always", "never"),
+        default="auto",
+        help="with --show-order; auto: numbers instead of colours when not on a terminal or with NO_COLOR",
+    )
     add_batch_arguments(parser)
     add_sampler_arguments(parser)
     arguments = parser.parse_args(argv)
     if bool(arguments.prompts) != bool(arguments.out):
-        raise UserError("--prompts and --out go together: a file of prompts and the file that its answers are written to.")
+        raise UserError(
+            "--prompts and --out go together: a file of prompts and the file that its answers are written to."
+        )
     logging.set_verbosity(logging.ERROR)  # Orbax warns that `params` alone is no whole checkpoint
 
     decoder = decoder_of(arguments)
@@ -261,7 +332,8 @@ def show(decoder: Decoder, answer: Answer, arguments: argparse.Namespace) -> Non
         print(answer.text)
     sys.stdout.flush()
     print(
-        f"({len(generation.tokens)} tokens in {rounds} rounds and {generation.forwards} forwards: {generation.tokens_per_forward:.2f} tokens per forward)",
+        f"({len(generation.tokens)} tokens in {rounds} rounds and {generation.forwards} forwards: "
+        f"{generation.tokens_per_forward:.2f} tokens per forward)",
         file=sys.stderr,
     )
 
@@ -281,7 +353,9 @@ def answer_interactively(decoder: Decoder, config: SamplerConfig, arguments: arg
         while room < len(decoder.tokenizer.encode_prompt(prompt)):
             room *= 2
         try:
-            for answer in decoder.stream([prompt], config, batch_size=1, seed=arguments.seed, every=1 if live else 0, max_prompt_length=room):
+            for answer in decoder.stream(
+                [prompt], config, batch_size=1, seed=arguments.seed, every=1 if live else 0, max_prompt_length=room
+            ):
                 if live:
                     found = display.spans(decoder.tokenizer, answer.generation, decoder.model.eos_token_id)
                     # How many rounds there will be is not known yet: colours start to spread over eight.
@@ -321,7 +395,10 @@ def answer_file(decoder: Decoder, config: SamplerConfig, arguments: argparse.Nam
                     out.flush()
                     written += 1
     except OSError as error:
-        raise UserError(f"Cannot write {arguments.out}: {error.strerror or error}. Make room or choose another --out; --resume goes on with what is there.") from None
+        raise UserError(
+            f"Cannot write {arguments.out}: {error.strerror or error}. Make room or choose another --out; --resume "
+            "goes on with what is there."
+        ) from None
     progress.close()
 
 
@@ -331,7 +408,9 @@ def as_record(answer: Answer) -> dict[str, Any]:
     return {"text": answer.text, **{name: getattr(answer.generation, name) for name in fields}}
 
 
-def read_prompts(decoder: Decoder, config: SamplerConfig, path: pathlib.Path, skip_bad: bool) -> tuple[list[dict], list[str]]:
+def read_prompts(
+    decoder: Decoder, config: SamplerConfig, path: pathlib.Path, skip_bad: bool
+) -> tuple[list[dict], list[str]]:
     """(records, their prompts) of the lines that can be answered; blank lines are no records.
 
     Raises:
@@ -340,7 +419,9 @@ def read_prompts(decoder: Decoder, config: SamplerConfig, path: pathlib.Path, sk
     try:
         lines = path.read_bytes().split(b"\n")
     except OSError as error:
-        raise UserError(f"Cannot read {path}: {error.strerror or error}. Give a file with one JSON object per line as --prompts.") from None
+        raise UserError(
+            f"Cannot read {path}: {error.strerror or error}. Give a file with one JSON object per line as --prompts."
+        ) from None
     check_prompts([], decoder.model, config)
     records, prompts, bad = [], [], 0
     for number, line in enumerate(lines, 1):
@@ -368,7 +449,10 @@ def parse_line(line: bytes) -> tuple[dict, str]:
     try:
         record = json.loads(line.decode("utf-8"))
     except json.JSONDecodeError as error:
-        raise UserError(f"malformed JSON at column {error.colno} ({error.msg}): {line.decode('utf-8')[:60]!r}. Write one JSON object per line.") from None
+        raise UserError(
+            f"malformed JSON at column {error.colno} ({error.msg}): {line.decode('utf-8')[:60]!r}. Write one JSON "
+            "object per line."
+        ) from None
     except UnicodeDecodeError as error:
         raise UserError(f"not UTF-8 text ({error}). Convert the file to UTF-8.") from None
     if not isinstance(record, dict) or not ({"prompt", "query"} & set(record)):
@@ -388,7 +472,9 @@ def finished_lines(path: pathlib.Path, prompts: Sequence[str], resume: bool) -> 
     if not path.exists() or not path.stat().st_size:
         return 0
     if not resume:
-        raise UserError(f"{path} exists; --resume goes on after the answers in it, otherwise remove it or choose another --out.")
+        raise UserError(
+            f"{path} exists; --resume goes on after the answers in it, otherwise remove it or choose another --out."
+        )
     whole, _, rest = path.read_bytes().rpartition(b"\n")
     lines = whole.split(b"\n") if whole else []
     for number, line in enumerate(lines):
@@ -396,7 +482,10 @@ def finished_lines(path: pathlib.Path, prompts: Sequence[str], resume: bool) -> 
             if number >= len(prompts) or parse_line(line)[1] != prompts[number]:
                 raise UserError("it answers another prompt")
         except UserError as error:
-            raise UserError(f"{path} line {number + 1} does not belong to these prompts ({error}), so it cannot be continued. Remove the file or choose another --out.") from None
+            raise UserError(
+                f"{path} line {number + 1} does not belong to these prompts ({error}), so it cannot be continued. "
+                "Remove the file or choose another --out."
+            ) from None
     if rest:
         with path.open("r+b") as file:
             file.truncate(path.stat().st_size - len(rest))

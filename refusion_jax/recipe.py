@@ -12,7 +12,13 @@ def recipe(size: str, argument: str, *, mesh: dict, accumulation: int = 1, remat
     tokenizer, batch_size, steps (0: as many as `epochs` take).
     """
     arg = parse_arguments(
-        argument, data="data/train.json", init_from=f"Qwen/Qwen3-{size.upper()}", tokenizer=f"Qwen/Qwen3-{size.upper()}", batch_size=512, steps=0, epochs=4.0
+        argument,
+        data="data/train.json",
+        init_from=f"Qwen/Qwen3-{size.upper()}",
+        tokenizer=f"Qwen/Qwen3-{size.upper()}",
+        batch_size=512,
+        steps=0,
+        epochs=4.0,
     )
     kind = "jsonl" if arg.data.endswith(".jsonl") else "json"
     return ConfigDict(

@@ -43,15 +43,26 @@ def learning_rate(config: OptimizerConfig, steps: int) -> optax.Schedule:
     start = 0.0 if config.warmup_steps else config.lr  # optax stays at its start when there is no warm-up
     if config.schedule == "constant":
         return optax.warmup_constant_schedule(start, config.lr, config.warmup_steps)
-    return optax.warmup_cosine_decay_schedule(start, config.lr, config.warmup_steps, max(steps, config.warmup_steps + 1))
+    return optax.warmup_cosine_decay_schedule(
+        start, config.lr, config.warmup_steps, max(steps, config.warmup_steps + 1)
+    )
 
 
 def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransformation:
     """AdamW after clipping by global norm; norm scales are not decayed."""
-    decayed = lambda params: jax.tree_util.tree_map_with_path(lambda path, _: "norm" not in jax.tree_util.keystr(path), params)
+    decayed = lambda params: jax.tree_util.tree_map_with_path(
+        lambda path, _: "norm" not in jax.tree_util.keystr(path), params
+    )
     return optax.chain(
         optax.clip_by_global_norm(config.clip_norm),
-        optax.adamw(learning_rate(config, steps), config.b1, config.b2, config.eps, weight_decay=config.weight_decay, mask=decayed),
+        optax.adamw(
+            learning_rate(config, steps),
+            config.b1,
+            config.b2,
+            config.eps,
+            weight_decay=config.weight_decay,
+            mask=decayed,
+        ),
     )
 
 
@@ -74,7 +85,9 @@ def token_losses(config: Config, params: dict, frozen: dict, inputs: Denoising) 
     )  # fmt: skip
 
 
-def train_step(config: Config, optimizer: optax.GradientTransformation, state: TrainState, batch: PackedBatch) -> tuple[TrainState, dict]:
+def train_step(
+    config: Config, optimizer: optax.GradientTransformation, state: TrainState, batch: PackedBatch
+) -> tuple[TrainState, dict]:
     """One optimizer step of the hybrid objective (method section 3).
 
     Corruption comes first, for the whole batch: it needs no parameters, and it gives the global denominators that make
@@ -91,7 +104,10 @@ def train_step(config: Config, optimizer: optax.GradientTransformation, state: T
 
     def loss_fn(params: dict, inputs: Denoising) -> tuple[jax.Array, dict]:
         losses = token_losses(config, params, state.frozen, inputs)
-        means = {name: numerator(term, losses.cross_entropy) / jnp.maximum(term.denominator, 1) for name, term in inputs.terms.items()}
+        means = {
+            name: numerator(term, losses.cross_entropy) / jnp.maximum(term.denominator, 1)
+            for name, term in inputs.terms.items()
+        }
         return sum(weights[name] * mean for name, mean in means.items()), means
 
     def accumulate(total, micro):
@@ -186,8 +202,10 @@ def check_batch(config: Config, mesh: Mesh) -> None:
     rows, split = config.batch_size // config.accumulation, mesh.shape["data"] * mesh.shape["fsdp"]
     if rows % split:
         raise UserError(
-            f"config.batch_size = {config.batch_size} with config.accumulation = {config.accumulation} makes microbatches of {rows} rows, which do not split over "
-            f"the mesh's data x fsdp = {split} devices. Choose a batch_size that is a multiple of {split * config.accumulation}."
+            f"config.batch_size = {config.batch_size} with config.accumulation = {config.accumulation} makes "
+            f"microbatches of {rows} rows, which do not split over "
+            f"the mesh's data x fsdp = {split} devices. Choose a batch_size that is a multiple of "
+            f"{split * config.accumulation}."
         )
 
 
@@ -198,7 +216,10 @@ def build(config: Config, mesh: Mesh, steps: int) -> Program:
       UserError: the mesh does not divide the model or the batch, or the model has no mask token.
     """
     if config.model.mask_token_id is None:
-        raise UserError("config.model.mask_token_id is not set and the tokenizer names no mask token; ReFusion cannot be trained without one.")
+        raise UserError(
+            "config.model.mask_token_id is not set and the tokenizer names no mask token; ReFusion cannot be trained "
+            "without one."
+        )
     check_batch(config, mesh)
     optimizer = make_optimizer(config.optimizer, steps)
     base_shardings = sharding.param_shardings(config.model, mesh, sharding.TRAIN_RULES)

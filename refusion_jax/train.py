@@ -74,11 +74,20 @@ def _train(config: Config, workdir: pathlib.Path, resources: contextlib.ExitStac
             tokenizer.save(workdir / "tokenizer")
             (workdir / "config.json").write_text(json.dumps(json.loads(config.to_json()), indent=1))
     except OSError as error:
-        raise UserError(f"Cannot write to {workdir}: {error.strerror or error}. Choose a --workdir that can be written and has room.") from None
-    data = dict(max_length=config.data.max_length, max_examples_per_row=config.data.max_examples_per_row, seed=config.seed)
+        raise UserError(
+            f"Cannot write to {workdir}: {error.strerror or error}. Choose a --workdir that can be written and has "
+            "room."
+        ) from None
+    data = dict(
+        max_length=config.data.max_length, max_examples_per_row=config.data.max_examples_per_row, seed=config.seed
+    )
     cache_dir = config.data.cache_dir or workdir / "cache"
     rows = pipeline.load_rows(config.data.train, tokenizer, cache_dir=cache_dir, **data)
-    eval_rows = pipeline.load_rows(config.data.evaluation, tokenizer, cache_dir=cache_dir, shuffle=False, **data) if config.data.evaluation else None
+    eval_rows = (
+        pipeline.load_rows(config.data.evaluation, tokenizer, cache_dir=cache_dir, shuffle=False, **data)
+        if config.data.evaluation
+        else None
+    )
     total = config.steps or max(1, math.ceil(config.epochs * rows.rows_per_epoch / config.batch_size))
 
     # --- Program: mesh, shardings, one compiled step.
@@ -87,11 +96,16 @@ def _train(config: Config, workdir: pathlib.Path, resources: contextlib.ExitStac
     program = steps_lib.build(config, mesh, total)
     mine = local_rows(program.batch_sharding, config.batch_size)
     progress = Progress(total, enabled=main_process)
-    progress.say(f"model {config.model.num_params():,} parameters; {total} steps of {config.batch_size} rows x {config.data.max_length} tokens")
+    progress.say(
+        f"model {config.model.num_params():,} parameters; {total} steps of {config.batch_size} rows x "
+        f"{config.data.max_length} tokens"
+    )
     progress.say(f"data {rows.report}")
 
     # --- State: the run's last checkpoint, or given weights, or random ones.
-    checkpoints = resources.enter_context(contextlib.closing(orbax.Checkpoints(workdir, config.keep_last, config.keep_best)))
+    checkpoints = resources.enter_context(
+        contextlib.closing(orbax.Checkpoints(workdir, config.keep_last, config.keep_best))
+    )
     meta = orbax.make_meta(config.model, step=0, tokenizer=config.data.tokenizer, config=json.loads(config.to_json()))
     next_row = 0
     if checkpoints.latest_step() is not None:
@@ -105,8 +119,15 @@ def _train(config: Config, workdir: pathlib.Path, resources: contextlib.ExitStac
         state = program.init(jax.random.key(config.seed))
     if config.lora.rank:
         if not config.init_from:
-            raise UserError("config.lora.rank is set but config.init_from is empty: adapters need a base. Set config.init_from to a checkpoint.")
-        state = state.replace(frozen=load.load_params(config.init_from, config.model, mesh, sharding.TRAIN_RULES, dtype=config.lora.base_dtype))
+            raise UserError(
+                "config.lora.rank is set but config.init_from is empty: adapters need a base. Set config.init_from "
+                "to a checkpoint."
+            )
+        state = state.replace(
+            frozen=load.load_params(
+                config.init_from, config.model, mesh, sharding.TRAIN_RULES, dtype=config.lora.base_dtype
+            )
+        )
         progress.say(f"frozen base from {config.init_from}")
     first = int(state.step)
     if first >= total:
@@ -137,10 +158,25 @@ def _train(config: Config, workdir: pathlib.Path, resources: contextlib.ExitStac
         meter.add(values)
         if step % config.log_every == 0 or step == total:
             checkpoints.check()
-            record = {**{n: v for n, v in values.items() if n != "token_pairs"}, "lr": float(schedule(step - 1)), **meter.rates()}
+            record = {
+                **{n: v for n, v in values.items() if n != "token_pairs"},
+                "lr": float(schedule(step - 1)),
+                **meter.rates(),
+            }
             metrics_file.write(step, "train", record)
-            shown = {"loss": "loss", "ar_loss": "ar", "mdm_loss": "mdm", "lr": "lr", "tokens_per_second": "tok/s", "mfu": "mfu", "padding": "padding", "input_wait": "input wait"}
-            progress.show(step, {shown[n]: record[n] for n in shown if n in record}, eta=(total - step) * record["step_seconds"])
+            shown = {
+                "loss": "loss",
+                "ar_loss": "ar",
+                "mdm_loss": "mdm",
+                "lr": "lr",
+                "tokens_per_second": "tok/s",
+                "mfu": "mfu",
+                "padding": "padding",
+                "input_wait": "input wait",
+            }
+            progress.show(
+                step, {shown[n]: record[n] for n in shown if n in record}, eta=(total - step) * record["step_seconds"]
+            )
 
     for step in range(first + 1, total + 1):
         if config.profile and step == first + 10:
@@ -169,15 +205,26 @@ def _train(config: Config, workdir: pathlib.Path, resources: contextlib.ExitStac
             if evaluating:
                 evaluation = evaluate(config, program, state, eval_rows)
                 metrics_file.write(step, "evaluation", evaluation)
-                progress.say(f"step {step} evaluation: " + ", ".join(f"{name} {value:.4f}" for name, value in evaluation.items()))
+                progress.say(
+                    f"step {step} evaluation: " + ", ".join(f"{name} {value:.4f}" for name, value in evaluation.items())
+                )
             if saving:
-                checkpoints.save(state, next_row + (step - first) * config.batch_size, {**meta, "step": step}, evaluation["loss"] if evaluating else None)
+                checkpoints.save(
+                    state,
+                    next_row + (step - first) * config.batch_size,
+                    {**meta, "step": step},
+                    evaluation["loss"] if evaluating else None,
+                )
                 last_save = time.monotonic()
             meter.restart()
         if stopping:
             break
     resources.close()
-    progress.say(f"done: {workdir} is at step {total}" if step == total else f"stopped after step {step}; start again with --workdir {workdir} to go on")
+    progress.say(
+        f"done: {workdir} is at step {total}"
+        if step == total
+        else f"stopped after step {step}; start again with --workdir {workdir} to go on"
+    )
     return evaluation
 
 
@@ -187,12 +234,15 @@ def check_finite(step: int, values: dict[str, float], workdir: pathlib.Path) -> 
     bad = [f"{name} is {value}" for name, value in terms_first if not math.isfinite(value)]
     if bad:
         raise UserError(
-            f"Step {step}: {', '.join(bad)}. The run stops and this state is not saved; the checkpoints in {workdir} are from before. "
+            f"Step {step}: {', '.join(bad)}. The run stops and this state is not saved; the checkpoints in {workdir} "
+            "are from before. "
             "Lower config.optimizer.lr, set config.objective.mdm_weight_cap, or look at the data of this step."
         )
 
 
-def evaluate(config: Config, program: steps_lib.Program, state: steps_lib.TrainState, rows: pipeline.Rows) -> dict[str, float]:
+def evaluate(
+    config: Config, program: steps_lib.Program, state: steps_lib.TrainState, rows: pipeline.Rows
+) -> dict[str, float]:
     """Both loss terms and token accuracies over the evaluation rows, under the same corruption every time."""
     size = config.batch_size // config.accumulation
     batches = pipeline.epoch_batches(rows, batch_size=size, local_rows=local_rows(program.batch_sharding, size))
@@ -248,9 +298,13 @@ class Meter:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m refusion_jax.train", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog="python -m refusion_jax.train", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     add_config_arguments(parser)
-    parser.add_argument("--workdir", required=True, type=pathlib.Path, help="folder of the run; a run that is there is continued")
+    parser.add_argument(
+        "--workdir", required=True, type=pathlib.Path, help="folder of the run; a run that is there is continued"
+    )
     parser.add_argument("--coordinator", help="host:port of process 0, when processes are started by hand")
     parser.add_argument("--num-processes", type=int)
     parser.add_argument("--process-id", type=int)

@@ -40,7 +40,10 @@ def get_config(argument: str | None = None) -> ConfigDict:
 
 def write_examples(path, count: int = 60) -> None:
     """Examples of uneven lengths, so that rows hold different numbers of them and targets differ between devices."""
-    examples = [{"query": f"{i} and {i * 7}", "response": " ".join(str(i * k) for k in range(1, 2 + i % 7))} for i in range(count)]
+    examples = [
+        {"query": f"{i} and {i * 7}", "response": " ".join(str(i * k) for k in range(1, 2 + i % 7))}
+        for i in range(count)
+    ]
     path.write_text(json.dumps(examples))
 
 
@@ -53,5 +56,7 @@ def read_checkpoint(run, step: int) -> dict:
             tree = checkpointer.metadata(folder / part).item_metadata.tree
             as_numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), tree)
             tree = checkpointer.restore(folder / part, ocp.args.PyTreeRestore(restore_args=as_numpy))
-            found |= {part + jax.tree_util.keystr(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
+            found |= {
+                part + jax.tree_util.keystr(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
+            }
     return found

@@ -129,7 +129,9 @@ def decode(
                     remaining = [s for s in remaining if s < last and s not in chosen]
                 else:
                     remaining = [s for s in remaining if s not in chosen[: n // k]]
-                commit(flat[:n], places(chosen)[:n], np.tril(np.ones((n, n), bool)), "eos verified" if eos else "verified")
+                commit(
+                    flat[:n], places(chosen)[:n], np.tril(np.ones((n, n), bool)), "eos verified" if eos else "verified"
+                )
                 continue
             # Complete.
             paths["completed"] += 1

@@ -15,7 +15,9 @@ def free_port() -> int:
         return s.getsockname()[1]
 
 
-def start(command: list, *, folder: pathlib.Path, processes: int = 1, devices: int = 4, **environ: str) -> list[subprocess.Popen]:
+def start(
+    command: list, *, folder: pathlib.Path, processes: int = 1, devices: int = 4, **environ: str
+) -> list[subprocess.Popen]:
     """Starts `python *command` as so many processes that find each other, of so many devices each; n prints to folder/n.log."""
     address = f"localhost:{free_port()}"
     started = []
@@ -25,10 +27,16 @@ def start(command: list, *, folder: pathlib.Path, processes: int = 1, devices: i
             "XLA_FLAGS": "--xla_backend_optimization_level=0",  # the programs are compiled more often than they run
         }  # fmt: skip
         if processes > 1:
-            settings |= {"JAX_COORDINATOR_ADDRESS": address, "JAX_NUM_PROCESSES": str(processes), "JAX_PROCESS_ID": str(index)}
+            settings |= {
+                "JAX_COORDINATOR_ADDRESS": address,
+                "JAX_NUM_PROCESSES": str(processes),
+                "JAX_PROCESS_ID": str(index),
+            }
         with open(folder / f"{index}.log", "wb") as log:
             words = [sys.executable, *map(str, command)]
-            started.append(subprocess.Popen(words, env=os.environ | settings | environ, stdout=log, stderr=subprocess.STDOUT))
+            started.append(
+                subprocess.Popen(words, env=os.environ | settings | environ, stdout=log, stderr=subprocess.STDOUT)
+            )
     return started
 
 

@@ -49,10 +49,14 @@ def random_prompts(seed: int, count: int, longest: int = 12, config: ModelConfig
 
 
 def oracle_forward(params: dict, config: ModelConfig = MODEL) -> oracle.Forward:
-    return oracle.numpy_qwen3(params, rope_theta=config.rope_theta, eps=config.rms_norm_eps, logical_vocab=config.logical_vocab_size)
+    return oracle.numpy_qwen3(
+        params, rope_theta=config.rope_theta, eps=config.rms_norm_eps, logical_vocab=config.logical_vocab_size
+    )
 
 
-def expected(forward: oracle.Forward, prompt: list[int], sampler: SamplerConfig, config: ModelConfig = MODEL) -> oracle.Decoded:
+def expected(
+    forward: oracle.Forward, prompt: list[int], sampler: SamplerConfig, config: ModelConfig = MODEL
+) -> oracle.Decoded:
     """What the oracle makes of a prompt."""
     return oracle.decode(
         forward, prompt, gen_length=sampler.gen_length, slot_size=sampler.slot_size, blocks=sampler.blocks,

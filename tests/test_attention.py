@@ -31,7 +31,9 @@ def reference_attention(q, k, v, segment_ids):
 def packed(batch, length, heads, kv_heads, dim, seed=0):
     """Random q, k, v, rows of three segments of ragged lengths then padding, and an output gradient that ignores padding."""
     rng = np.random.default_rng(seed)
-    q, k, v, g = (rng.normal(size=(batch, length, n, dim)).astype(np.float32) for n in (heads, kv_heads, kv_heads, heads))
+    q, k, v, g = (
+        rng.normal(size=(batch, length, n, dim)).astype(np.float32) for n in (heads, kv_heads, kv_heads, heads)
+    )
     segments = np.zeros((batch, length), np.int32)
     for row in segments:
         cuts = np.sort(rng.choice(np.arange(1, length), 3, replace=False))
@@ -83,7 +85,12 @@ def test_cudnn_lowers_to_its_flash_kernels(monkeypatch):
     monkeypatch.setattr(fused, "is_cuda_compute_capability_equal", lambda _: False)
     qkv, segments, g = packed(2, 128, 8, 2, 128)
     arguments = tuple(x.astype(jnp.bfloat16) for x in qkv), segments, g
-    text = jax.jit(functools.partial(outputs_and_gradients, flash.cudnn)).trace(*arguments).lower(lowering_platforms=("cuda",)).as_text()
+    text = (
+        jax.jit(functools.partial(outputs_and_gradients, flash.cudnn))
+        .trace(*arguments)
+        .lower(lowering_platforms=("cuda",))
+        .as_text()
+    )
     assert "fmhaScaleBiasSoftmax(" in text and "fmhaScaleBiasSoftmaxBackward(" in text
 
 
@@ -110,10 +117,15 @@ def test_attention_on_a_cache_equals_the_reference(monkeypatch, window, chunk):
     k, v = draw(2, layers, 4, 2, capacity, 8)
     q, new_k, new_v = draw(4, window, 6, 8), *draw(2, 4, window, 2, 8)
     mask = (rng.random((4, window, window)) < 0.5) | np.eye(window, dtype=bool)
-    context = attention.CachedAttention.start(KVCache(*map(jnp.array, (k, v, lengths))), jnp.array(mask), window).replace(layer=jnp.int32(1))
+    context = attention.CachedAttention.start(
+        KVCache(*map(jnp.array, (k, v, lengths))), jnp.array(mask), window
+    ).replace(layer=jnp.int32(1))
     out, context = context.attend(q, new_k, new_v)
     for row, length in enumerate(lengths):
-        keys, values = (np.concatenate([old[1, row, :, :length].swapaxes(0, 1), new[row]])[None] for old, new in ((k, new_k), (v, new_v)))
+        keys, values = (
+            np.concatenate([old[1, row, :, :length].swapaxes(0, 1), new[row]])[None]
+            for old, new in ((k, new_k), (v, new_v))
+        )
         visible = np.concatenate([np.ones((window, length), bool), mask[row]], axis=1)
         keys, values = (np.repeat(x, 3, axis=2) for x in (keys, values))  # each for three query heads
         scores = jnp.einsum("btnh,bsnh->bnts", q[row : row + 1], keys) / np.sqrt(8)
@@ -154,7 +166,13 @@ def plain(small_params):
 
 @pytest.mark.parametrize(
     "change",
-    [{"remat": "full"}, {"remat": "minimal"}, {"scan_layers": False}, {"attention": "splash"}, {"attention": "splash", "remat": "minimal"}],
+    [
+        {"remat": "full"},
+        {"remat": "minimal"},
+        {"scan_layers": False},
+        {"attention": "splash"},
+        {"attention": "splash", "remat": "minimal"},
+    ],
     ids=str,
 )
 def test_gradients_do_not_depend_on_how_the_model_is_computed(small_params, plain, change):

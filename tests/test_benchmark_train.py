@@ -13,8 +13,28 @@ import benchmark_train
 
 def test_figures_agree_with_one_another(monkeypatch, tmp_path, capsys):
     small = {"model.num_layers": 1, "model.hidden_size": 32, "model.intermediate_size": 32, "data.max_length": 64}
-    arguments = ["--config", str(ROOT / "configs/tiny.py"), *(f"--config.{name}={value}" for name, value in small.items())]
-    monkeypatch.setattr(sys, "argv", ["benchmark.py train", *arguments, "--synthetic", "--batch", "8", "--steps", "2", "--json", str(tmp_path / "f.json"), "--profile", str(tmp_path / "traces")])
+    arguments = [
+        "--config",
+        str(ROOT / "configs/tiny.py"),
+        *(f"--config.{name}={value}" for name, value in small.items()),
+    ]
+    monkeypatch.setattr(
+        sys,
+        "argv",
+        [
+            "benchmark.py train",
+            *arguments,
+            "--synthetic",
+            "--batch",
+            "8",
+            "--steps",
+            "2",
+            "--json",
+            str(tmp_path / "f.json"),
+            "--profile",
+            str(tmp_path / "traces"),
+        ],
+    )
     benchmark_train.main()
     (result,) = json.loads((tmp_path / "f.json").read_text())["results"]
     assert result["tokens_per_second"] * result["step_seconds"] == pytest.approx(8 * 64 * (1 - result["padding"]))

@@ -29,14 +29,18 @@ ON = {"4x2": (1, 4, 2), "2x4": (1, 2, 4), "1": (1, 1, 1)}
 @functools.cache
 def program(mesh):
     shape = ON[mesh]
-    return steps_lib.build(Config(model=MODEL, data=DataConfig()), make_mesh(*shape, devices=jax.devices()[: np.prod(shape)]), 10)
+    return steps_lib.build(
+        Config(model=MODEL, data=DataConfig()), make_mesh(*shape, devices=jax.devices()[: np.prod(shape)]), 10
+    )
 
 
 def random_state(mesh, step):
     """A train state with something in every array, different for every step."""
     rng = np.random.default_rng(step)
     draw = lambda a: jax.device_put((100 * rng.normal(size=a.shape)).astype(a.dtype), a.sharding)
-    return jax.tree.map(draw, program(mesh).abstract_state).replace(step=jax.device_put(jnp.int32(step), program(mesh).abstract_state.step.sharding))
+    return jax.tree.map(draw, program(mesh).abstract_state).replace(
+        step=jax.device_put(jnp.int32(step), program(mesh).abstract_state.step.sharding)
+    )
 
 
 def meta(step, model=MODEL, config=None):
@@ -135,7 +139,12 @@ def test_a_full_disk_is_an_error_and_the_last_checkpoint_stays_whole(tmp_path):
     checkpoints.save(random_state("1", 1), 1, meta(1))
     checkpoints.close()
     checkpoints = orbax.Checkpoints(tmp_path)
-    with pytest.raises(UserError, match="could not be written.*The last complete checkpoint is step 1. Make room") as error, files_of_at_most(20_000):
+    with (
+        pytest.raises(
+            UserError, match="could not be written.*The last complete checkpoint is step 1. Make room"
+        ) as error,
+        files_of_at_most(20_000),
+    ):
         checkpoints.save(random_state("1", 2), 2, meta(2))
         checkpoints.close()
     assert "\n" not in str(error.value)
@@ -160,12 +169,17 @@ def test_a_folder_that_cannot_be_written(tmp_path):
 
 def test_another_architecture_is_refused_field_by_field(saved):
     other = dataclasses.replace(MODEL, hidden_size=64, rope_theta=1e4, tie_embeddings=True)
-    with pytest.raises(UserError, match="hidden_size is 32 in the checkpoint and 64 here; tie_embeddings is False .*; rope_theta is 1000000.0 in the checkpoint and 10000.0 here"):
+    with pytest.raises(
+        UserError,
+        match="hidden_size is 32 in the checkpoint and 64 here; tie_embeddings is False .*; rope_theta is 1000000.0 in the checkpoint and 10000.0 here",
+    ):
         orbax.Checkpoints(saved).restore(program("1").abstract_state, meta(0, other))
     with pytest.raises(UserError, match="head/embedding is unknown"):
         orbax.restore_params(saved, dataclasses.replace(MODEL, tie_embeddings=True), make_mesh(), sharding.DECODE_RULES)
     with pytest.raises(UserError, match=r"layers/mlp/down is \(2, 64, 32\), not \(2, 128, 32\)"):
-        orbax.restore_params(saved, dataclasses.replace(MODEL, intermediate_size=128), make_mesh(), sharding.DECODE_RULES)
+        orbax.restore_params(
+            saved, dataclasses.replace(MODEL, intermediate_size=128), make_mesh(), sharding.DECODE_RULES
+        )
 
 
 def test_how_a_model_is_computed_may_change(saved):

@@ -26,7 +26,9 @@ import compile_step
 
 needs_libtpu = [
     pytest.mark.tpu_compiler,
-    pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed: pip install '.[tpu]'"),
+    pytest.mark.skipif(
+        importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed: pip install '.[tpu]'"
+    ),
 ]
 
 # Sizes that cannot be mistaken for one another in a program's text.
@@ -34,7 +36,12 @@ MODEL = ModelConfig(
     vocab_size=1664, logical_vocab_size=1600, hidden_size=256, intermediate_size=640, num_layers=3, num_heads=4, num_kv_heads=2,
     head_dim=128, tie_embeddings=False, mask_token_id=1599, begin_token_id=1598, eos_token_id=1, pad_token_id=0, remat="minimal",
 )  # fmt: skip
-CONFIG = Config(model=MODEL, data=DataConfig(max_length=384, max_examples_per_row=4), objective=ObjectiveConfig(loss_chunk=48), batch_size=8)
+CONFIG = Config(
+    model=MODEL,
+    data=DataConfig(max_length=384, max_examples_per_row=4),
+    objective=ObjectiveConfig(loss_chunk=48),
+    batch_size=8,
+)
 
 
 @pytest.fixture(scope="module")
@@ -69,7 +76,9 @@ def check_training_step(text: str, mesh) -> None:
     for collective in hlo.collective_list(text, mesh):
         for _, dims in collective.shapes:
             sharded = 1664 in dims or 832 in dims
-            assert not sharded or 256 in dims or 128 in dims, collective  # the tables themselves are gathered; logits are not
+            assert not sharded or 256 in dims or 128 in dims, (
+                collective
+            )  # the tables themselves are gathered; logits are not
 
 
 def test_logits_of_a_batch_never_exist_on_cpu(on_cpu):
@@ -98,9 +107,13 @@ def test_shardings_are_the_reviewed_ones(name):
 
 def collectives_of_a_gradient(mesh, *shape: int) -> list[hlo.Collective]:
     """Of the gradient of a weight of that shape, sharded over fsdp, from rows sharded over data x fsdp; all in bfloat16."""
-    place = lambda shape, *spec: jax.ShapeDtypeStruct(shape, jnp.bfloat16, sharding=jax.sharding.NamedSharding(mesh, jax.P(*spec)))
+    place = lambda shape, *spec: jax.ShapeDtypeStruct(
+        shape, jnp.bfloat16, sharding=jax.sharding.NamedSharding(mesh, jax.P(*spec))
+    )
     w, x = place(shape, "fsdp"), place((64, 128, shape[0]), ("data", "fsdp"))
-    gradient = jax.jit(lambda x, w: jax.grad(lambda w: jnp.sum(jnp.sin(x @ w)).astype(jnp.float32))(w), out_shardings=w.sharding)
+    gradient = jax.jit(
+        lambda x, w: jax.grad(lambda w: jnp.sum(jnp.sin(x @ w)).astype(jnp.float32))(w), out_shardings=w.sharding
+    )
     compiled, _ = compile_step.compile_program(gradient.lower(x, w), "the test's mesh")
     return hlo.collective_list(compiled.as_text(), mesh)
 
@@ -140,7 +153,9 @@ ENTRY %main (a: f32[8,16]) -> f32[8,16] {
     ],
 )
 def test_collectives_are_read_with_axes_bytes_and_loops(groups, axes, size):
-    gather, reduce, permute = sorted(hlo.collective_list(LOOP.replace("GATHER", groups), make_mesh(2, 2, 2)), key=lambda c: c.kind)[::1]
+    gather, reduce, permute = sorted(
+        hlo.collective_list(LOOP.replace("GATHER", groups), make_mesh(2, 2, 2)), key=lambda c: c.kind
+    )[::1]
     assert (gather.kind, gather.axes, gather.runs, gather.conditional) == ("all-gather", axes, 5, False)
     assert gather.bytes == 8 * 16 * 4 * (size - 1) / size
     assert (reduce.axes, reduce.runs, reduce.bytes) == (("tensor",), 1, 2 * 200 / 2)
@@ -150,12 +165,19 @@ def test_collectives_are_read_with_axes_bytes_and_loops(groups, axes, size):
 def test_collectives_of_a_real_program_are_those_of_its_shardings():
     """A product over a sharded dimension is one all-reduce of the result, in a loop as often as that runs."""
     mesh = make_mesh(1, 4, 2)
-    place = lambda shape, *spec: jax.ShapeDtypeStruct(shape, jnp.float32, sharding=jax.sharding.NamedSharding(mesh, jax.P(*spec)))
+    place = lambda shape, *spec: jax.ShapeDtypeStruct(
+        shape, jnp.float32, sharding=jax.sharding.NamedSharding(mesh, jax.P(*spec))
+    )
 
     def f(x, w):
         return jax.lax.scan(lambda x, _: (jnp.tanh(x @ w), None), x, None, length=7)[0]
 
-    text = jax.jit(f, out_shardings=place((16, 64), None, "tensor").sharding).lower(place((16, 64), None, "tensor"), place((64, 64), "tensor", None)).compile().as_text()
+    text = (
+        jax.jit(f, out_shardings=place((16, 64), None, "tensor").sharding)
+        .lower(place((16, 64), None, "tensor"), place((64, 64), "tensor", None))
+        .compile()
+        .as_text()
+    )
     found = [c for c in hlo.collective_list(text, mesh) if c.kind == "all-reduce"]
     assert sum(c.runs for c in found) == 7
     assert {c.axes for c in found} == {("tensor",)}
@@ -164,10 +186,16 @@ def test_collectives_of_a_real_program_are_those_of_its_shardings():
 def test_the_estimate_names_the_largest_limit():
     mesh = make_mesh(1, 8, 1)
     chip = CHIPS["TPU v5 lite"]
-    found = roofline.estimate(mesh, "TPU v5 lite", flops=2 * chip.peak_flops, memory_bytes=3 * chip.bandwidth, collectives=[])
+    found = roofline.estimate(
+        mesh, "TPU v5 lite", flops=2 * chip.peak_flops, memory_bytes=3 * chip.bandwidth, collectives=[]
+    )
     assert found == {"compute": 2, "memory": 3, "interconnect": 0, "step": 3, "limit": "memory"}
-    send = hlo.Collective("all-reduce", ("data",), (), bytes=chip.network, runs=4, conditional=False, between_slices=True, source="")
-    found = roofline.estimate(mesh, "TPU v5 lite", flops=0, memory_bytes=0, collectives=[send, dataclasses.replace(send, conditional=True)])
+    send = hlo.Collective(
+        "all-reduce", ("data",), (), bytes=chip.network, runs=4, conditional=False, between_slices=True, source=""
+    )
+    found = roofline.estimate(
+        mesh, "TPU v5 lite", flops=0, memory_bytes=0, collectives=[send, dataclasses.replace(send, conditional=True)]
+    )
     assert (found["interconnect"], found["limit"]) == (4, "interconnect")
     assert roofline.estimate(mesh, "cpu", 1, 1, []) == {}
 
@@ -175,8 +203,16 @@ def test_the_estimate_names_the_largest_limit():
 @pytest.mark.parametrize(
     "message, words",
     [
-        ("RESOURCE_EXHAUSTED: Ran out of memory on HBM, the total memory required for HLO temporaries (41.22G) exceeds available HBM (15.75G).", "25.47 GiB are missing"),
-        ("RESOURCE_EXHAUSTED: Ran out of memory in memory space hbm. Used 20.10G of 15.75G hbm. Exceeded hbm capacity by 4.35G.", "4.35 GiB are missing"),
+        (
+            "RESOURCE_EXHAUSTED: Ran out of memory on HBM, the total memory required for HLO temporaries (41.22G) "
+            "exceeds available HBM (15.75G).",
+            "25.47 GiB are missing",
+        ),
+        (
+            "RESOURCE_EXHAUSTED: Ran out of memory in memory space hbm. Used 20.10G of 15.75G hbm. Exceeded hbm "
+            "capacity by 4.35G.",
+            "4.35 GiB are missing",
+        ),
     ],
 )
 def test_out_of_memory_says_how_much_is_missing(message, words):
@@ -189,7 +225,9 @@ def run_tool(monkeypatch, *arguments: str) -> None:
 
 
 def test_the_tool_reports_on_local_devices(monkeypatch, tmp_path, capsys):
-    run_tool(monkeypatch, "--config.model.num_layers=1", "--config.data.max_length=32", "--json", str(tmp_path / "f.json"))
+    run_tool(
+        monkeypatch, "--config.model.num_layers=1", "--config.data.max_length=32", "--json", str(tmp_path / "f.json")
+    )
     said = capsys.readouterr().out
     assert "memory per device: arguments" in said and "sent by each device" in said
     result = json.loads((tmp_path / "f.json").read_text())
@@ -236,7 +274,9 @@ class TestTpuCompiler:
         sampler = SamplerConfig(gen_length=64, slot_size=8, blocks=4)
         temporaries = []
         for prompt_length in (2048, 16384):
-            lowered, _ = compile_step.decode_program(dataclasses.replace(CONFIG, model=model), mesh, sampler, batch=batch, prompt_length=prompt_length)
+            lowered, _ = compile_step.decode_program(
+                dataclasses.replace(CONFIG, model=model), mesh, sampler, batch=batch, prompt_length=prompt_length
+            )
             compiled, _ = compile_step.compile_program(lowered, "v5e:2x2")
             cache = 2 * 3 * batch * (prompt_length + 64) * 2 * 128 * 2 / 4  # bytes of one device
             memory = compiled.memory_analysis()
@@ -245,14 +285,20 @@ class TestTpuCompiler:
         assert max(temporaries) < 1.1 * min(temporaries) < cache / 20  # the same for either cache
         weight = 256 * 2 * 128 * 2  # bytes of a layer's smallest matrix
         for c in hlo.collective_list(compiled.as_text(), mesh):
-            assert c.kind not in ("all-gather", "all-to-all") or c.bytes < weight, c  # logits are not gathered, even to sample
+            assert c.kind not in ("all-gather", "all-to-all") or c.bytes < weight, (
+                c
+            )  # logits are not gathered, even to sample
 
     def test_gradients_are_reduce_scattered_where_data_splits_a_slice(self):
         """With fsdp over a part of a slice; over the whole of it XLA may sum all of every gradient on every device."""
         mesh = make_mesh(2, 4, 1, devices=compile_step.topology_devices("v5e:2x4"))
         found = {(c.kind, c.axes): c.bytes for c in collectives_of_a_gradient(mesh, 512, 1024)}
         size = 512 * 1024 * 2
-        assert found == {("all-gather", ("fsdp",)): size * 3 / 4, ("reduce-scatter", ("fsdp",)): size * 3 / 4, ("all-reduce", ("data",)): size / 4}
+        assert found == {
+            ("all-gather", ("fsdp",)): size * 3 / 4,
+            ("reduce-scatter", ("fsdp",)): size * 3 / 4,
+            ("all-reduce", ("data",)): size / 4,
+        }
 
     def test_only_the_data_axis_crosses_slices(self):
         """Two slices: weights are gathered inside a slice; between slices only one device's shard of their gradient is summed."""
@@ -267,7 +313,10 @@ class TestTpuCompiler:
         mesh = make_mesh(1, 4, 1, devices=compile_step.topology_devices("v5e:2x2"))
         large = jax.ShapeDtypeStruct((4, 2**32), jnp.float32, sharding=jax.sharding.NamedSharding(mesh, jax.P("fsdp")))
         lowered = jax.jit(lambda x: x + 1).lower(large)
-        with pytest.raises(UserError, match=r"needs at least [\d.]+ GiB on each device of v5e:2x2, which has 15.75 GiB: [\d.]+ GiB are missing"):
+        with pytest.raises(
+            UserError,
+            match=r"needs at least [\d.]+ GiB on each device of v5e:2x2, which has 15.75 GiB: [\d.]+ GiB are missing",
+        ):
             compile_step.compile_program(lowered, "v5e:2x2")
 
     def test_an_unknown_topology_is_refused(self):

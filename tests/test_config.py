@@ -10,7 +10,16 @@ import pytest
 
 from refusion_jax import step as steps_lib
 from refusion_jax.config import (
-    Config, DataConfig, LoraConfig, ObjectiveConfig, OptimizerConfig, SourceConfig, add_config_arguments, from_config_dict, load_config, parse_config,
+    Config,
+    DataConfig,
+    LoraConfig,
+    ObjectiveConfig,
+    OptimizerConfig,
+    SourceConfig,
+    add_config_arguments,
+    from_config_dict,
+    load_config,
+    parse_config,
 )  # fmt: skip
 from refusion_jax.data.tokenizers import load_tokenizer
 from refusion_jax.errors import UserError
@@ -18,7 +27,16 @@ from refusion_jax.model.config import ModelConfig
 from refusion_jax.parallel.mesh import make_mesh
 from refusion_jax.train import with_tokenizer
 
-MODEL = dict(vocab_size=320, hidden_size=32, intermediate_size=64, num_layers=1, num_heads=2, num_kv_heads=2, head_dim=16, tie_embeddings=True)
+MODEL = dict(
+    vocab_size=320,
+    hidden_size=32,
+    intermediate_size=64,
+    num_layers=1,
+    num_heads=2,
+    num_kv_heads=2,
+    head_dim=16,
+    tie_embeddings=True,
+)
 CONFIGS = ["tiny", "small", "0p6b", "1p7b", "4b", "8b", "14b", "32b"]
 PUBLISHED = {"0p6b": 0.596e9, "1p7b": 1.72e9, "4b": 4.02e9, "8b": 8.19e9, "14b": 14.77e9, "32b": 32.76e9}
 
@@ -64,7 +82,12 @@ def test_arguments_and_overrides(repository):
         },
     )  # fmt: skip
     assert changed.optimizer == dataclasses.replace(plain.optimizer, lr=1e-4)
-    assert changed.objective.slot_sizes == (4, 32) and changed.model.dtype == "bfloat16" and changed.lora.rank == 4 and changed.seed == 7
+    assert (
+        changed.objective.slot_sizes == (4, 32)
+        and changed.model.dtype == "bfloat16"
+        and changed.lora.rank == 4
+        and changed.seed == 7
+    )
     assert changed.data.train == (dataclasses.replace(plain.data.train[0], weight=2.0, options=(("min_word_len", 5),)),)
     assert changed.data.evaluation == ()
 
@@ -115,9 +138,15 @@ def test_command_line(repository):
     add_config_arguments(parser)
     parser.add_argument("--workdir")
     tiny = str(repository / "configs" / "tiny.py")
-    arguments, config = parse_config(parser, ["--config", f"{tiny}:steps=9", "--config.optimizer.lr=0.5", "--config.seed", "3", "--workdir", "w"])
+    arguments, config = parse_config(
+        parser, ["--config", f"{tiny}:steps=9", "--config.optimizer.lr=0.5", "--config.seed", "3", "--workdir", "w"]
+    )
     assert (arguments.workdir, config.steps, config.optimizer.lr, config.seed) == ("w", 9, 0.5, 3)
-    for rest, message in ((["--wrkdir=w"], "Unknown argument --wrkdir"), (["extra"], "Unknown argument extra"), (["--config.seed"], "--config.seed has no value")):
+    for rest, message in (
+        (["--wrkdir=w"], "Unknown argument --wrkdir"),
+        (["extra"], "Unknown argument extra"),
+        (["--config.seed"], "--config.seed has no value"),
+    ):
         with pytest.raises(UserError, match=message):
             parse_config(parser, ["--config", tiny, *rest])
 

@@ -17,7 +17,6 @@ import safetensors.numpy
 from flax import linen as nn
 
 from refusion_jax.checkpoint import convert, huggingface, load, orbax, stream
-from refusion_jax.checkpoint import safetensors as files
 from refusion_jax.data.tokenizers import load_tokenizer
 from refusion_jax.errors import UserError
 from refusion_jax.model import qwen3
@@ -26,7 +25,14 @@ from refusion_jax.parallel import sharding
 from refusion_jax.parallel.mesh import make_mesh
 
 MICRO = ModelConfig(
-    vocab_size=264, hidden_size=16, intermediate_size=32, num_layers=3, num_heads=4, num_kv_heads=2, head_dim=8, tie_embeddings=False
+    vocab_size=264,
+    hidden_size=16,
+    intermediate_size=32,
+    num_layers=3,
+    num_heads=4,
+    num_kv_heads=2,
+    head_dim=8,
+    tie_embeddings=False,
 )
 
 
@@ -62,7 +68,9 @@ def micro(folder, tokenizer=None, **changes):
     config = dataclasses.replace(MICRO, logical_vocab_size=0, **changes)
     folder.mkdir(parents=True)
     rng = np.random.default_rng(0)
-    tensors = {name: rng.standard_normal(p.tensor_shape).astype(np.float32) for name, p in huggingface.in_file_order(config)}
+    tensors = {
+        name: rng.standard_normal(p.tensor_shape).astype(np.float32) for name, p in huggingface.in_file_order(config)
+    }
     safetensors.numpy.save_file(tensors, folder / "model.safetensors")
     (folder / "config.json").write_text(json.dumps(to_huggingface(config)))
     if tokenizer:
@@ -76,7 +84,9 @@ def test_there_and_back_is_bit_exact(reference, tmp_path, small_pieces, name, dt
     source, back = tmp_path / "source", tmp_path / "back"
     shutil.copytree(reference / name / "model", source)
     for file in source.glob("*.safetensors"):
-        safetensors.numpy.save_file({n: t.astype(convert.DTYPES[dtype]) for n, t in safetensors.numpy.load_file(file).items()}, file)
+        safetensors.numpy.save_file(
+            {n: t.astype(convert.DTYPES[dtype]) for n, t in safetensors.numpy.load_file(file).items()}, file
+        )
     convert.to_orbax(source, tmp_path / "orbax", say=quiet)
     convert.to_huggingface(tmp_path / "orbax", back, shard_bytes=500_000, say=quiet)
     assert len(list(back.glob("*.safetensors"))) > 1
@@ -90,7 +100,9 @@ def test_back_and_there_is_bit_exact(tmp_path, tie):
     config, mesh = dataclasses.replace(MICRO, tie_embeddings=tie), make_mesh(2, 2, 2)
     rng = np.random.default_rng(0)
     draw = lambda abstract, place: jax.device_put(rng.standard_normal(abstract.shape).astype(np.float32), place)
-    params = jax.tree.map(draw, nn.unbox(sharding.abstract_params(config)), sharding.param_shardings(config, mesh, sharding.TRAIN_RULES))
+    params = jax.tree.map(
+        draw, nn.unbox(sharding.abstract_params(config)), sharding.param_shardings(config, mesh, sharding.TRAIN_RULES)
+    )
     with ocp.CheckpointManager(tmp_path / "run" / "checkpoints") as manager:
         meta = orbax.make_meta(config, step=7, tokenizer="")
         manager.save(7, args=ocp.args.Composite(params=ocp.args.StandardSave(params), meta=ocp.args.JsonSave(meta)))
@@ -107,7 +119,11 @@ def test_logits_through_orbax_on_a_mesh(reference, tmp_path, small_pieces, name)
     params = load.load_params(tmp_path / "orbax", config, mesh, sharding.TRAIN_RULES)
     expected = np.load(reference / name / "logits.npz")
     with sharding.use(mesh, sharding.TRAIN_RULES):
-        forward = jax.jit(lambda p, tokens, positions: qwen3.logits(config, p, qwen3.Qwen3(config).apply({"params": p}, tokens, positions)))
+        forward = jax.jit(
+            lambda p, tokens, positions: qwen3.logits(
+                config, p, qwen3.Qwen3(config).apply({"params": p}, tokens, positions)
+            )
+        )
         found = forward(params, expected["tokens"], expected["permuted_positions"])
     np.testing.assert_allclose(np.asarray(found)[:, expected["rows"]], expected["logits_permuted"], atol=2e-4)
 
@@ -118,14 +134,18 @@ def test_dtype_rounds_to_nearest(tmp_path):
     convert.to_huggingface(tmp_path / "orbax", tmp_path / "back", dtype="float32", say=quiet)
     want, found = tensors_in(source), tensors_in(tmp_path / "back")
     for name in want:
-        np.testing.assert_array_equal(found[name], np.asarray(jax.numpy.asarray(want[name]).astype("bfloat16"), np.float32))
+        np.testing.assert_array_equal(
+            found[name], np.asarray(jax.numpy.asarray(want[name]).astype("bfloat16"), np.float32)
+        )
 
 
 def test_dry_run_writes_nothing(tmp_path):
     source, lines = micro(tmp_path / "source"), []
     convert.to_orbax(source, tmp_path / "orbax", dry_run=True, say=lines.append)
     assert not (tmp_path / "orbax").exists()
-    assert sum(any(path in line for line in lines) for path in huggingface.parameters(MICRO)) == len(huggingface.parameters(MICRO))
+    assert sum(any(path in line for line in lines) for path in huggingface.parameters(MICRO)) == len(
+        huggingface.parameters(MICRO)
+    )
     convert.to_orbax(source, tmp_path / "orbax", say=quiet)
     before = sorted(tmp_path.rglob("*"))
     convert.to_huggingface(tmp_path / "orbax", tmp_path / "back", dry_run=True, say=quiet)
@@ -139,7 +159,9 @@ def test_tied_head_that_is_stored_too(reference, tmp_path):
     tensors = safetensors.numpy.load_file(file)
     safetensors.numpy.save_file(tensors | {"lm_head.weight": tensors["model.embed_tokens.weight"].copy()}, file)
     convert.to_orbax(tmp_path / "source", tmp_path / "orbax", say=quiet)
-    assert "head" not in load.load_params(tmp_path / "orbax", load.load_model_config(tmp_path / "orbax"), make_mesh(), sharding.TRAIN_RULES)
+    assert "head" not in load.load_params(
+        tmp_path / "orbax", load.load_model_config(tmp_path / "orbax"), make_mesh(), sharding.TRAIN_RULES
+    )
     safetensors.numpy.save_file(tensors | {"lm_head.weight": tensors["model.embed_tokens.weight"] + 1}, file)
     with pytest.raises(UserError, match="differs from the embedding.*tie_word_embeddings"):
         convert.to_orbax(tmp_path / "source", tmp_path / "other", say=quiet)
@@ -161,11 +183,21 @@ def test_tokenizer_names_the_special_ids(tmp_path):
     source = micro(tmp_path / "source", tokenizer="bytes")
     tables, config = exported_tables(tmp_path)
     np.testing.assert_array_equal(tables["lm_head.weight"], tensors_in(source)["lm_head.weight"])  # rows as they were
-    assert [config[n] for n in ("vocab_size", "mask_token_id", "bos_token_id", "eos_token_id", "pad_token_id")] == [264, 261, 260, 257, 256]
+    assert [config[n] for n in ("vocab_size", "mask_token_id", "bos_token_id", "eos_token_id", "pad_token_id")] == [
+        264,
+        261,
+        260,
+        257,
+        256,
+    ]
     generation = json.loads((tmp_path / "back" / "generation_config.json").read_text())
     assert [generation[n] for n in ("bos_token_id", "eos_token_id", "pad_token_id")] == [260, 257, 256]
     assert load.load_model_config(tmp_path / "orbax").logical_vocab_size == 262
-    assert load.load_tokenizer_for(tmp_path / "back").vocab_size == load.load_tokenizer_for(tmp_path / "orbax").vocab_size == 262
+    assert (
+        load.load_tokenizer_for(tmp_path / "back").vocab_size
+        == load.load_tokenizer_for(tmp_path / "orbax").vocab_size
+        == 262
+    )
 
 
 def test_new_tokens_get_the_mean_of_the_others(tmp_path, small_pieces):
@@ -253,7 +285,12 @@ getattr(convert, command)(source, destination)
 
 @pytest.mark.parametrize(
     ("command", "where", "count"),
-    [("to_orbax", "read", 1), ("to_orbax", "read", 12), ("to_huggingface", "write", 20), ("to_huggingface", "rename", 1)],
+    [
+        ("to_orbax", "read", 1),
+        ("to_orbax", "read", 12),
+        ("to_huggingface", "write", 20),
+        ("to_huggingface", "rename", 1),
+    ],
 )
 def test_killed_conversion_leaves_nothing_that_looks_complete(tmp_path, command, where, count):
     source = micro(tmp_path / "hf")
@@ -261,7 +298,9 @@ def test_killed_conversion_leaves_nothing_that_looks_complete(tmp_path, command,
         convert.to_orbax(source, tmp_path / "orbax", say=quiet)
         source = tmp_path / "orbax"
     result = tmp_path / "result"
-    killed = subprocess.run([sys.executable, "-c", KILLED, command, source, result, where, str(count)], capture_output=True, timeout=60)
+    killed = subprocess.run(
+        [sys.executable, "-c", KILLED, command, source, result, where, str(count)], capture_output=True, timeout=60
+    )
     assert killed.returncode == -9, killed.stderr
     assert not result.exists() and (tmp_path / "result.incomplete").exists()
     lines = []
@@ -325,12 +364,18 @@ def test_commands(repository, tmp_path):
     micro(tmp_path / "hf", tokenizer="bytes")
 
     def run(*command) -> subprocess.CompletedProcess:
-        return subprocess.run([sys.executable, *map(str, command)], cwd=repository, capture_output=True, text=True, timeout=60)
+        return subprocess.run(
+            [sys.executable, *map(str, command)], cwd=repository, capture_output=True, text=True, timeout=60
+        )
 
     there = run("tools/convert_qwen3.py", "to-orbax", tmp_path / "hf", tmp_path / "orbax", "--dtype", "bfloat16")
     assert there.returncode == 0 and "100%" in there.stdout, there.stderr
     shown = run("tools/inspect_checkpoint.py", tmp_path / "orbax")
-    assert "layers/mlp/gate" in shown.stdout and "3x16x32  bfloat16" in shown.stdout and "mask_token_id 261" in shown.stdout, shown.stderr
+    assert (
+        "layers/mlp/gate" in shown.stdout
+        and "3x16x32  bfloat16" in shown.stdout
+        and "mask_token_id 261" in shown.stdout
+    ), shown.stderr
     back = run("tools/convert_qwen3.py", "to-hf", tmp_path / "orbax", tmp_path / "back", "--shard-gb", "1e-5")
     assert back.returncode == 0, back.stderr
     shown = run("tools/inspect_checkpoint.py", tmp_path / "back")

@@ -9,11 +9,11 @@ import shutil
 import signal
 import time
 
+import micro
 import numpy as np
 import pytest
 from processes import finish, start, wait_for
 
-import micro
 from refusion_jax.checkpoint import orbax
 from refusion_jax.errors import UserError
 
@@ -32,7 +32,10 @@ class Job:
         logs.mkdir(exist_ok=True)
         config = f"{pathlib.Path(micro.__file__)}:steps={STEPS},data={self.folder / 'data.json'}"
         command = ["-m", "refusion_jax.train", "--config", config, "--workdir", logs / "run", *overrides]
-        cache = {"JAX_COMPILATION_CACHE_DIR": str(self.folder / "compiled"), "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
+        cache = {
+            "JAX_COMPILATION_CACHE_DIR": str(self.folder / "compiled"),
+            "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+        }
         (process,) = start(command, folder=logs, devices=1, **cache)
         return process
 
@@ -47,7 +50,9 @@ class Job:
         lines = path.read_text().splitlines(keepends=True) if path.exists() else []
         records = [json.loads(line) for line in lines if line.endswith("\n")]
         timed = ("time", "tokens_per_second", "step_seconds", "input_wait")
-        history = {(record["kind"], record["step"]): {k: v for k, v in record.items() if k not in timed} for record in records}
+        history = {
+            (record["kind"], record["step"]): {k: v for k, v in record.items() if k not in timed} for record in records
+        }
         assert len(history) == len(records)
         return history
 

@@ -84,8 +84,11 @@ def truncate(path):
 ARRAYS = ("tokens.bin", "offsets.bin", "prompt_lengths.bin", "hashes.bin")
 
 
-@pytest.mark.parametrize("harm, name", [(flip, name) for name in ARRAYS]  # a flip in meta.json may hit a name, which does no harm
-                         + [(harm, name) for harm in (truncate, lambda path: path.unlink()) for name in (*ARRAYS, "meta.json")])
+@pytest.mark.parametrize(
+    "harm, name",
+    [(flip, name) for name in ARRAYS]  # a flip in meta.json may hit a name, which does no harm
+    + [(harm, name) for harm in (truncate, lambda path: path.unlink()) for name in (*ARRAYS, "meta.json")],
+)
 def test_damage_is_noticed_and_mended(harm, name, data, tmp_path, capfd):
     before = load(data, tmp_path)
     tokens, offsets = np.array(before.tokens), np.array(before.offsets)

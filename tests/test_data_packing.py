@@ -18,7 +18,9 @@ def loads(plan, lengths):
     return np.array([lengths[plan[row]].sum() for row in range(len(plan))])
 
 
-@pytest.mark.parametrize("count, max_length, max_examples", [(1, 50, 4), (7, 9, 2), (500, 60, 5), (500, 60, 1), (3000, 400, 1000)])
+@pytest.mark.parametrize(
+    "count, max_length, max_examples", [(1, 50, 4), (7, 9, 2), (500, 60, 5), (500, 60, 1), (3000, 400, 1000)]
+)
 @pytest.mark.parametrize("shuffle", [True, False])
 def test_every_example_once_within_the_limits(count, max_length, max_examples, shuffle):
     lengths = rng(count).integers(1, min(max_length, 80) + 1, count)

@@ -53,7 +53,9 @@ def test_a_row_is_examples_end_to_end_then_padding(cache_dir):
     rows = load(cache_dir)
     for i in range(10):
         row = rows[i]
-        assert [row[name].dtype for name in ("tokens", "lengths", "prompt_lengths")] == [np.int32] * 3 and row["example_ids"].dtype == np.uint32
+        assert [row[name].dtype for name in ("tokens", "lengths", "prompt_lengths")] == [np.int32] * 3 and row[
+            "example_ids"
+        ].dtype == np.uint32
         assert row["tokens"].shape == (256,) and row["lengths"].shape == (rows.max_examples_per_row,)
         count = int((row["lengths"] > 0).sum())
         assert count > 1 and not row["lengths"][count:].any() and not row["prompt_lengths"][count:].any()
@@ -185,7 +187,9 @@ def test_bad_settings_are_named(cache_dir, tmp_path):
         load_rows([], TOKENIZER, max_length=64, cache_dir=cache_dir)
     with pytest.raises(UserError, match=r"spell_backward.*max_length is 20, but its shortest example has \d+ tokens"):
         load(cache_dir, max_length=20)
-    with pytest.raises(UserError, match="none of its 400 examples falls in the part from start = 0.5 to stop = 0.5000001"):
+    with pytest.raises(
+        UserError, match="none of its 400 examples falls in the part from start = 0.5 to stop = 0.5000001"
+    ):
         load(cache_dir, spelling(start=0.5, stop=0.5000001))
     with pytest.raises(UserError, match="weight = 0.001 of 400 examples"):
         load(cache_dir, spelling(weight=0.001))

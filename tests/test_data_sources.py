@@ -76,7 +76,9 @@ def tfds_folder(tmp_path_factory):
         VERSION = tfds.core.Version("1.0.0")
 
         def _info(self):
-            features = tfds.features.FeaturesDict({"ask": tfds.features.Text(), "reply": tfds.features.Text(), "number": np.int64})
+            features = tfds.features.FeaturesDict(
+                {"ask": tfds.features.Text(), "reply": tfds.features.Text(), "number": np.int64}
+            )
             return tfds.core.DatasetInfo(builder=self, features=features)
 
         def _split_generators(self, dl_manager):
@@ -98,8 +100,11 @@ def test_tfds_by_name_and_by_folder(tfds_folder):
     assert sorted(examples(by_name)) == sorted(EXAMPLES[:12])  # TFDS shuffles when it writes
     assert sorted(examples(by_folder)) == sorted(EXAMPLES[12:])
     assert by_name.key != by_folder.key
-    bad = {"split": dict(split="validation", **fields), "no field 'question'.*'ask'": dict(query_field="question", response_field="reply"),
-           "must be a string": dict(query_field="number", response_field="reply")}
+    bad = {
+        "split": dict(split="validation", **fields),
+        "no field 'question'.*'ask'": dict(query_field="question", response_field="reply"),
+        "must be a string": dict(query_field="number", response_field="reply"),
+    }
     for message, settings in bad.items():
         source = open_source(SourceConfig("tfds", str(tfds_folder / "qa_pairs" / "1.0.0"), **settings))
         with pytest.raises(UserError, match=message):
@@ -117,7 +122,11 @@ def test_procedural_tasks_repeat_and_are_scored():
     for i in range(30):
         query, response = source[i]
         answer = final_answer(response)
-        assert len(response) > len(answer) and source.score(i, response) == 1 and source.score(i, f"so\n#### {answer}") == 1
+        assert (
+            len(response) > len(answer)
+            and source.score(i, response) == 1
+            and source.score(i, f"so\n#### {answer}") == 1
+        )
         assert source.score(i, f"#### 1{answer}") < 1 and source.score(i, "") < 1
     easy = open_source(SourceConfig("procedural", "chain_sum", size=50, options=(("min_terms", 2), ("max_terms", 2))))
     for i in range(50):
@@ -145,8 +154,10 @@ def test_parts_are_disjoint_in_prompts_and_cover_the_source():
 
 
 BAD_RECORDS = {
-    "missing field": ([{"query": "a", "response": "b"}, {"query": "a", "answer": "b"}],
-                      r"record 1 .*no field 'response'; its fields are 'query', 'answer'"),
+    "missing field": (
+        [{"query": "a", "response": "b"}, {"query": "a", "answer": "b"}],
+        r"record 1 .*no field 'response'; its fields are 'query', 'answer'",
+    ),
     "empty response": ([{"query": "a", "response": " \n"}], r"record 0 .*response.*is empty"),
     "wrong type": ([{"query": "a", "response": 5}], r"record 0 .*'response' is 5, a int"),
     "no text": ([{"query": None, "response": "b"}], r"record 0 .*'query' is None, a NoneType"),
@@ -168,7 +179,10 @@ def test_bad_records_are_named(case, tmp_path):
 
 def test_malformed_files_are_named(tmp_path):
     cases = {
-        "a.json": ('[{"query": "a", "response": "b"},\n {"query": "a" "response": "b"}]', r"a\.json, line 2, column 16"),
+        "a.json": (
+            '[{"query": "a", "response": "b"},\n {"query": "a" "response": "b"}]',
+            r"a\.json, line 2, column 16",
+        ),
         "b.json": ('{"query": "a", "response": "b"}', r"b\.json holds a JSON dict, not a list"),
         "c.json": ("", r"c\.json, line 1"),
         "d.jsonl": ('{"query": "a", "response": "b"}\n{"query": ', r"d\.jsonl, line 2"),

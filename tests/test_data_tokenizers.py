@@ -10,8 +10,14 @@ from refusion_jax.data.tokenizers import load_tokenizer
 from refusion_jax.errors import UserError
 from refusion_jax.model.config import ModelConfig
 
-TEXTS = ["", "hello", "  two  spaces, then a comma . ' s", "Größe 世界 🙂\n\ttab", "a <|mask|> and <|im_end|> in text",
-         "1234 + 5 = 1239"]
+TEXTS = [
+    "",
+    "hello",
+    "  two  spaces, then a comma . ' s",
+    "Größe 世界 🙂\n\ttab",
+    "a <|mask|> and <|im_end|> in text",
+    "1234 + 5 = 1239",
+]
 
 
 @pytest.fixture(scope="module")
@@ -40,7 +46,10 @@ def test_qwen3_ids(qwen3):
 
 def test_qwen3_prompt_is_one_user_turn_with_generation_prompt(qwen3):
     ids = qwen3.encode_prompt("What is 2 + 3?")
-    assert qwen3.decode(ids, skip_special_tokens=False) == "<|im_start|>user\nWhat is 2 + 3?<|im_end|>\n<|im_start|>assistant\n"
+    assert (
+        qwen3.decode(ids, skip_special_tokens=False)
+        == "<|im_start|>user\nWhat is 2 + 3?<|im_end|>\n<|im_start|>assistant\n"
+    )
     assert ids[0] == 151644 and qwen3.eos_id in ids
 
 
@@ -53,8 +62,11 @@ def test_added_tokens_come_last_and_only_once(small_folder, tmp_path):
 
 @pytest.mark.parametrize("kind", ["bytes", "small", "qwen3"])
 def test_text_survives_and_never_makes_special_ids(kind, request):
-    tokenizer = {"bytes": lambda: load_tokenizer("bytes"), "qwen3": lambda: request.getfixturevalue("qwen3"),
-                 "small": lambda: load_tokenizer(str(request.getfixturevalue("small_folder")))}[kind]()
+    tokenizer = {
+        "bytes": lambda: load_tokenizer("bytes"),
+        "qwen3": lambda: request.getfixturevalue("qwen3"),
+        "small": lambda: load_tokenizer(str(request.getfixturevalue("small_folder"))),
+    }[kind]()
     for text in TEXTS:
         ids = tokenizer.encode(text)
         assert tokenizer.decode(ids) == text

@@ -6,11 +6,11 @@ import re
 import shutil
 import signal
 
+import micro
 import numpy as np
 import pytest
 from processes import finish, free_port, start, wait_for
 
-import micro
 from refusion_jax.checkpoint import orbax
 from refusion_jax.errors import UserError
 from refusion_jax.parallel import distributed
@@ -80,12 +80,18 @@ def test_killed_process_stops_the_other_with_an_error_that_names_it(index, tmp_p
     started[index].kill()
     codes, outputs = finish(started, tmp_path)
     assert codes[1 - index] == 2, outputs
-    check_last_words(outputs[1 - index], rf"process {index} \(host \S+\) ended without a word: .* the same --workdir to resume .*", index == 0)
+    check_last_words(
+        outputs[1 - index],
+        rf"process {index} \(host \S+\) ended without a word: .* the same --workdir to resume .*",
+        index == 0,
+    )
 
 
 def check_last_words(output: str, error: str, aborting: bool = False) -> None:
     """The output ends with that error, in one paragraph, and has no other; when JAX is `aborting`, among what it logs."""
-    assert [bool(re.fullmatch(f"error: {error}", line)) for line in output.splitlines() if line.startswith("error: ")] == [True], output
+    assert [
+        bool(re.fullmatch(f"error: {error}", line)) for line in output.splitlines() if line.startswith("error: ")
+    ] == [True], output
     assert "Traceback" not in output
     if not aborting:
         assert output.splitlines()[-1].startswith("error: ")
@@ -97,7 +103,9 @@ def check_last_words(output: str, error: str, aborting: bool = False) -> None:
 ])  # fmt: skip
 def test_process_that_fails_alone_stops_the_others_which_say_why(index, how, code, error, tmp_path):
     """Process 2 learns from process 0 what befell process 1."""
-    codes, outputs = finish(start(["-c", SCRIPT, f"{how} {index}", "60"], processes=4, devices=2, folder=tmp_path), tmp_path)
+    codes, outputs = finish(
+        start(["-c", SCRIPT, f"{how} {index}", "60"], processes=4, devices=2, folder=tmp_path), tmp_path
+    )
     assert codes == [code if i == index else 2 for i in range(4)], outputs
     for i, output in enumerate(outputs):
         if i == index:
@@ -111,7 +119,9 @@ def test_processes_that_disagree_on_the_config_all_stop_naming_the_field(tmp_pat
     assert codes == [2, 2], outputs
     for output in outputs:
         assert "failed" not in output
-        assert "disagree on the config: optimizer.lr is 0.0001 on process 0 but 0.0002 on process 1" in " ".join(output.split())
+        assert "disagree on the config: optimizer.lr is 0.0001 on process 0 but 0.0002 on process 1" in " ".join(
+            output.split()
+        )
 
 
 @pytest.mark.parametrize("index", [0, 1])
@@ -173,7 +183,13 @@ def test_slurm_gives_each_process_its_gpus(environ, devices):
 
 @pytest.mark.parametrize(
     "nodes, first",
-    [("n7", "n7"), ("n7,n9", "n7"), ("n[007-012,020],other3", "n007"), ("rack[1-2]-n[5,7]", "rack1-n5"), ("gpu-a.b,c", "gpu-a.b")],
+    [
+        ("n7", "n7"),
+        ("n7,n9", "n7"),
+        ("n[007-012,020],other3", "n007"),
+        ("rack[1-2]-n[5,7]", "rack1-n5"),
+        ("gpu-a.b,c", "gpu-a.b"),
+    ],
 )
 def test_first_node_of_a_slurm_node_list(nodes, first):
     assert distributed._slurm(PER_NODE | {"SLURM_STEP_NODELIST": nodes})["coordinator_address"] == f"{first}:61441"
@@ -258,7 +274,13 @@ def assert_close(job: Job, name: str, other: str) -> None:
     assert set(ours) == set(theirs) == set(range(1, STEPS + 1))
     for step in ours:
         for key, value in ours[step].items():
-            tolerance = 0 if key in ("ar_tokens", "mdm_tokens", "examples", "tokens", "lr") else 1e-4 if key == "grad_norm" else 1e-5
+            tolerance = (
+                0
+                if key in ("ar_tokens", "mdm_tokens", "examples", "tokens", "lr")
+                else 1e-4
+                if key == "grad_norm"
+                else 1e-5
+            )
             np.testing.assert_allclose(value, theirs[step][key], rtol=tolerance, err_msg=f"{key} of step {step}")
 
 

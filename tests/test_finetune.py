@@ -44,19 +44,27 @@ def test_fine_tune_export_decode_and_start_from_it_again(reference, repository, 
     before, after = tensors_in(source), tensors_in(tmp_path / "exported")
     assert set(after) == set(before)
     moved = {name: np.abs(after[name] - before[name]).max() for name in before}
-    assert all(0 < change <= 1.01e-3 for name, change in moved.items() if "proj" in name)  # one step of Adam from these very weights
+    assert all(
+        0 < change <= 1.01e-3 for name, change in moved.items() if "proj" in name
+    )  # one step of Adam from these very weights
     assert json.loads((tmp_path / "exported" / "config.json").read_text())["mask_token_id"] == 261
 
     decoder = Decoder.load(str(tmp_path / "exported"), dtype="float32")
-    jax.tree.map(np.testing.assert_array_equal, decoder.params, Decoder.load(str(tmp_path / "run"), dtype="float32").params)
+    jax.tree.map(
+        np.testing.assert_array_equal, decoder.params, Decoder.load(str(tmp_path / "run"), dtype="float32").params
+    )
     (answer,) = decoder.generate(["3 and 21"], gen_length=8, slot_size=4, blocks=1, method="autoregressive")
     assert 0 < len(answer.generation.tokens) <= 8
 
     # Weights only: another run begins at step 0 with these weights. (A rate of almost 0 leaves them as they were.)
     finetune(repository, tmp_path / "run", tmp_path, "second", **{"optimizer.lr": "1e-9"})
-    first, second = (load.load_params(tmp_path / run, config.model, make_mesh(), sharding.TRAIN_RULES) for run in ("run", "second"))
+    first, second = (
+        load.load_params(tmp_path / run, config.model, make_mesh(), sharding.TRAIN_RULES) for run in ("run", "second")
+    )
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-8, rtol=1e-6), first, second)
-    assert [json.loads(line)["step"] for line in (tmp_path / "second" / "metrics.jsonl").read_text().splitlines()][-1] == 1
+    assert [json.loads(line)["step"] for line in (tmp_path / "second" / "metrics.jsonl").read_text().splitlines()][
+        -1
+    ] == 1
 
 
 def test_init_from_another_model(reference, repository, tmp_path):

@@ -23,7 +23,10 @@ from refusion_jax.step import TrainState
 QUERIES = ["sun", "moon and stars", "où", "four", "five"]
 # The same for all tests, so that the programs are compiled once.
 SETTINGS = {"gen_length": 16, "slot_size": 4, "slot_threshold": 0.5, "token_threshold": 0.3, "speculate": "off"}
-FLAGS = [word for name, value in SETTINGS.items() for word in (f"--{name.replace('_', '-')}", str(value))] + ["--batch-size", "2"]
+FLAGS = [word for name, value in SETTINGS.items() for word in (f"--{name.replace('_', '-')}", str(value))] + [
+    "--batch-size",
+    "2",
+]
 
 
 @pytest.fixture(scope="module")
@@ -76,7 +79,14 @@ def write_lines(path, lines) -> None:
 
 def test_text_in_and_out_is_the_sampler_between_chat_template_and_decoding(decoder, answers):
     tokenizer = decoder.tokenizer
-    ids = generate_ids(decoder.params, decoder.model, decoder.settings(**SETTINGS), tokenizer.encode_prompts(QUERIES), batch_size=2, mesh=decoder.mesh)
+    ids = generate_ids(
+        decoder.params,
+        decoder.model,
+        decoder.settings(**SETTINGS),
+        tokenizer.encode_prompts(QUERIES),
+        batch_size=2,
+        mesh=decoder.mesh,
+    )
     assert [a.generation for a in answers] == ids
     assert [a.text for a in answers] == [tokenizer.decode(g.tokens) for g in ids]
     assert max(max(g.rounds) for g in ids) > 0  # or the tests of order below would show little
@@ -88,7 +98,10 @@ def test_several_devices_give_the_answers_of_one(checkpoint, answers):
     assert spread == answers
 
 
-@pytest.mark.parametrize("given", [{}, {"gen_length": 200}, {"slot_size": 7, "gen_length": 23}, {"method": "autoregressive"}, {"gen_length": 1}])
+@pytest.mark.parametrize(
+    "given",
+    [{}, {"gen_length": 200}, {"slot_size": 7, "gen_length": 23}, {"method": "autoregressive"}, {"gen_length": 1}],
+)
 def test_settings_that_are_not_given_suit_the_model(decoder, given):
     config = decoder.settings(temperature=None, **given)
     assert config.slot_size == given.get("slot_size", 32)  # the largest that the run trained with
@@ -97,21 +110,36 @@ def test_settings_that_are_not_given_suit_the_model(decoder, given):
 
 
 def test_file_keeps_order_and_fields(checkpoint, answers, tmp_path, capsys):
-    lines = [{"prompt": QUERIES[0], "id": 7}, {"query": QUERIES[1]}, "", *({"prompt": q, "nested": {"a": [1]}} for q in QUERIES[2:])]
+    lines = [
+        {"prompt": QUERIES[0], "id": 7},
+        {"query": QUERIES[1]},
+        "",
+        *({"prompt": q, "nested": {"a": [1]}} for q in QUERIES[2:]),
+    ]
     write_lines(tmp_path / "in.jsonl", lines)
     run(checkpoint, "--prompts", tmp_path / "in.jsonl", "--out", tmp_path / "out.jsonl")
     found = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
-    assert found == [{**line, **generate.as_record(answer)} for line, answer in zip(filter(None, lines), answers, strict=True)]
+    assert found == [
+        {**line, **generate.as_record(answer)} for line, answer in zip(filter(None, lines), answers, strict=True)
+    ]
     assert set(found[1]) == {"query", "text", "tokens", "order", "rounds", "forwards", "tokens_per_forward"}
     assert "5 answers" in capsys.readouterr().err
 
 
 def test_resumed_file_equals_an_uninterrupted_one(loaded, checkpoint, tmp_path):
     write_lines(tmp_path / "in.jsonl", [{"prompt": q} for q in QUERIES])
-    out, arguments = tmp_path / "out.jsonl", ["--prompts", tmp_path / "in.jsonl", "--out", tmp_path / "out.jsonl", "--temperature", "1"]
+    out, arguments = (
+        tmp_path / "out.jsonl",
+        ["--prompts", tmp_path / "in.jsonl", "--out", tmp_path / "out.jsonl", "--temperature", "1"],
+    )
     run(checkpoint, *arguments)
     whole = out.read_bytes()
-    for kept in (0, len(whole) // 2, len(whole) - 1, len(whole)):  # in the middle of a line; at the end of one without its newline
+    for kept in (
+        0,
+        len(whole) // 2,
+        len(whole) - 1,
+        len(whole),
+    ):  # in the middle of a line; at the end of one without its newline
         out.write_bytes(whole[:kept])
         run(checkpoint, *arguments, "--resume")
         assert out.read_bytes() == whole
@@ -205,7 +233,13 @@ def test_unfinished_answer_shows_open_positions_up_to_the_first_end():
     tokenizer = load_tokenizer("bytes")
     end = tokenizer.eos_id
     answer = Generation(0, [], [5, 6, 7, 2, 3], [ord("x"), end, 9, ord("a"), ord("b")], [0, 0, 0, 1, 1], 4, 9, False)
-    assert display.spans(tokenizer, answer, end) == [("·", None)] * 2 + [("a", 1), ("b", 1), ("·", None), ("x", 0), ("", 0)]
+    assert display.spans(tokenizer, answer, end) == [("·", None)] * 2 + [
+        ("a", 1),
+        ("b", 1),
+        ("·", None),
+        ("x", 0),
+        ("", 0),
+    ]
 
 
 def test_live_text_is_replaced_in_place_and_fits_the_terminal(monkeypatch):
@@ -239,10 +273,21 @@ def test_visualisation_has_a_frame_per_forward(loaded, tools, checkpoint, decode
     with Image.open(out) as picture, Image.open(out.with_suffix(".gif")) as animation:
         picture.load()
         assert picture.format == "PNG" and animation.n_frames == answer.forwards
-        assert len(set(picture.convert("RGB").get_flattened_data() if hasattr(picture, "get_flattened_data") else picture.convert("RGB").getdata())) > 10
+        assert (
+            len(
+                set(
+                    picture.convert("RGB").get_flattened_data()
+                    if hasattr(picture, "get_flattened_data")
+                    else picture.convert("RGB").getdata()
+                )
+            )
+            > 10
+        )
 
     cells = visualize_decode.cells_of(decoder, answer)
-    assert [cell.round for cell in cells] == [dict(zip(answer.order, answer.rounds)).get(p) for p in range(max(answer.order) + 1)]
+    assert [cell.round for cell in cells] == [
+        dict(zip(answer.order, answer.rounds)).get(p) for p in range(max(answer.order) + 1)
+    ]
     assert sum(not cell.cut for cell in cells) == len(answer.tokens)
     painter = visualize_decode.Painter(cells, SamplerConfig(gen_length=16, slot_size=4, blocks=1))
     placed = [place for band in painter.bands for place in band]
@@ -258,17 +303,28 @@ def test_exact_match_counts_what_is_right(loaded, tools, checkpoint, decoder, tm
 
     records = [{"query": f"query {i}", "response": "nothing like it"} for i in range(40)]
     monkeypatch.setattr(generate, "run_config", lambda *_: {"data": {"evaluation": [source]}})
-    source = {"kind": "json", "path": str(tmp_path / "data.json"), "query_field": "query", "options": [], "start": 0.2, "stop": 0.7}
+    source = {
+        "kind": "json",
+        "path": str(tmp_path / "data.json"),
+        "query_field": "query",
+        "options": [],
+        "start": 0.2,
+        "stop": 0.7,
+    }
     (tmp_path / "data.json").write_text(json.dumps(records))
     part = list(generate.held_out(checkpoint)[0].part())[:10]
     for i, answer in zip(part[:6], decoder.generate([records[i]["query"] for i in part[:6]], batch_size=2, **SETTINGS)):
-        records[i]["response"] = f"because #### {answer.text}" if answer.text.strip() else pytest.skip("an empty answer")
+        records[i]["response"] = (
+            f"because #### {answer.text}" if answer.text.strip() else pytest.skip("an empty answer")
+        )
     (tmp_path / "data.json").write_text(json.dumps(records))
     evaluate_tasks.main(["--checkpoint", checkpoint, "--examples", "10", "--json", str(tmp_path / "out.json"), *FLAGS])
     plan, autoregressive = json.loads((tmp_path / "out.json").read_text())
     assert (plan["method"], plan["exact_match"], plan["examples"]) == ("plan_and_infill", 0.6, 10)
     assert [wrong["query"] for wrong in plan["wrong"]] and len(plan["wrong"]) == 4
-    assert autoregressive["tokens_per_forward"] == 1.0 and plan["tokens_per_forward"] == plan["tokens"] / plan["forwards"]
+    assert (
+        autoregressive["tokens_per_forward"] == 1.0 and plan["tokens_per_forward"] == plan["tokens"] / plan["forwards"]
+    )
     assert "60.0%" in capsys.readouterr().out
 
 
@@ -281,7 +337,18 @@ def test_benchmark_has_a_row_for_every_case(tools, repository, tmp_path, capsys)
     import benchmark_decode
 
     out = tmp_path / "benchmark.json"
-    arguments = ["--config", f"{repository}/tests/micro.py", "--prompt-length", "5", "--gen-length", "16", "--slot-size", "8", "--tokens-per-forward", "1.5"]
+    arguments = [
+        "--config",
+        f"{repository}/tests/micro.py",
+        "--prompt-length",
+        "5",
+        "--gen-length",
+        "16",
+        "--slot-size",
+        "8",
+        "--tokens-per-forward",
+        "1.5",
+    ]
     benchmark_decode.main([*arguments, "--batch", "2", "--steps", "2", "--json", str(out)])
     found = json.loads(out.read_text())
     cases = [(r["batch"], r["method"], r["speculate"]) for r in found["results"]]
@@ -289,12 +356,20 @@ def test_benchmark_has_a_row_for_every_case(tools, repository, tmp_path, capsys)
     assert capsys.readouterr().out.count("\n| ") == 2 + len(cases)
     assert found["same_tokens"]
     for r in found["results"]:
-        assert r["tokens_per_forward"] == pytest.approx(r["tokens"] / r["forwards"]) and r["ms_per_forward"] > 0 and r["temporary_bytes"] > 0
+        assert (
+            r["tokens_per_forward"] == pytest.approx(r["tokens"] / r["forwards"])
+            and r["ms_per_forward"] > 0
+            and r["temporary_bytes"] > 0
+        )
         assert r["tokens_per_forward"] == 1 if r["method"] == "autoregressive" else r["tokens"] == 32
     off, on = found["results"][1:3]
     assert on["forwards"] < off["forwards"]
     assert 0.9 < off["tokens_per_forward"] < 2.1  # the threshold was searched for 1.5
 
-    for bad, message in ((["--batch", "0"], "at least 1"), (["--batch", "2", "--prompts", "3"], "multiple"), (["--checkpoint", "x"], "either")):
+    for bad, message in (
+        (["--batch", "0"], "at least 1"),
+        (["--batch", "2", "--prompts", "3"], "multiple"),
+        (["--checkpoint", "x"], "either"),
+    ):
         with pytest.raises(UserError, match=message):
             benchmark_decode.main([*arguments, *bad])

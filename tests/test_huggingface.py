@@ -27,7 +27,9 @@ def stacked(folder) -> dict:
     for file in folder.glob("*.safetensors"):
         tensors |= safetensors.numpy.load_file(file)
     hidden, head = c["hidden_size"], c["head_dim"]
-    layers = lambda name, f=lambda x: x: np.stack([f(tensors[f"model.layers.{i}.{name}.weight"]) for i in range(c["num_hidden_layers"])])
+    layers = lambda name, f=lambda x: x: np.stack(
+        [f(tensors[f"model.layers.{i}.{name}.weight"]) for i in range(c["num_hidden_layers"])]
+    )
     project = lambda x: x.T.reshape(hidden, -1, head)
     params = {
         "embed": {"embedding": tensors["model.embed_tokens.weight"]},
@@ -65,8 +67,16 @@ def test_sharded_load_is_exact_and_reads_each_byte_once(reference, name, rules):
     mesh = make_mesh(2, 2, 2)
     params = huggingface.load_params(weights, weights.config, mesh, rules, "float32")
     jax.tree.map(np.testing.assert_array_equal, params, stacked(folder))
-    jax.tree.map(lambda p, s: p.sharding == s or pytest.fail(str(p.sharding)), params, sharding.param_shardings(weights.config, mesh, rules))
-    assert weights.bytes_read == bytes_of_shards(params) == sum(t.dtype.itemsize * np.prod(t.shape) for t in weights.tensors.values())
+    jax.tree.map(
+        lambda p, s: p.sharding == s or pytest.fail(str(p.sharding)),
+        params,
+        sharding.param_shardings(weights.config, mesh, rules),
+    )
+    assert (
+        weights.bytes_read
+        == bytes_of_shards(params)
+        == sum(t.dtype.itemsize * np.prod(t.shape) for t in weights.tensors.values())
+    )
 
 
 TWO_PROCESSES = """
@@ -92,7 +102,14 @@ print("read", weights.bytes_read, "of", sum(a.nbytes for a in jax.tree.leaves(pa
 def test_two_processes_read_their_own_halves(reference, repository, tmp_path):
     script = tmp_path / "load.py"
     script.write_text(TWO_PROCESSES)
-    codes, logs = finish(start([str(script), str(reference / "qwen3_untied" / "model"), str(repository / "tests")], folder=tmp_path, processes=2), tmp_path)
+    codes, logs = finish(
+        start(
+            [str(script), str(reference / "qwen3_untied" / "model"), str(repository / "tests")],
+            folder=tmp_path,
+            processes=2,
+        ),
+        tmp_path,
+    )
     assert codes == [0, 0], logs
     for log in logs:
         read, total = (int(word) for word in log.split("read ")[1].split()[:3:2])
@@ -105,7 +122,11 @@ def test_logits_from_a_folder_on_a_mesh(reference):
     config, mesh = load.load_model_config(folder / "model"), make_mesh(2, 2, 2)
     params = load.load_params(folder / "model", config, mesh, sharding.TRAIN_RULES)
     expected = np.load(folder / "logits.npz")
-    forward = jax.jit(lambda params, tokens, positions: qwen3.logits(config, params, qwen3.Qwen3(config).apply({"params": params}, tokens, positions)))
+    forward = jax.jit(
+        lambda params, tokens, positions: qwen3.logits(
+            config, params, qwen3.Qwen3(config).apply({"params": params}, tokens, positions)
+        )
+    )
     with sharding.use(mesh, sharding.TRAIN_RULES):
         for positions, logits in (("positions", "logits"), ("permuted_positions", "logits_permuted")):
             found = forward(params, expected["tokens"], expected[positions])
@@ -117,7 +138,9 @@ def test_table_is_a_bijection(reference):
     for name in ("qwen3_tied", "qwen3_untied"):
         weights = huggingface.Weights(reference / name / "model")
         names = [n for p in weights.parameters.values() for n in p.names]
-        assert sorted(names) == sorted(weights.tensors) == sorted(n for n, _ in huggingface.in_file_order(weights.config))
+        assert (
+            sorted(names) == sorted(weights.tensors) == sorted(n for n, _ in huggingface.in_file_order(weights.config))
+        )
         for parameter in weights.parameters.values():
             for n in parameter.names:
                 tensor = np.array(weights.tensors[n].open())
@@ -165,7 +188,11 @@ def test_all_faults_are_listed_at_once(tied):
     edit(tied, change)
     with pytest.raises(UserError, match="3 problems") as error:
         huggingface.Weights(tied)
-    for part in ("unknown tensor model.layers.0.mlp.up_proj.bias", "model.layers.1.mlp.up_proj.weight is [128, 384], config.json makes it [384, 128]", "missing tensor model.norm.weight"):
+    for part in (
+        "unknown tensor model.layers.0.mlp.up_proj.bias",
+        "model.layers.1.mlp.up_proj.weight is [128, 384], config.json makes it [384, 128]",
+        "missing tensor model.norm.weight",
+    ):
         assert part in str(error.value)
 
 
@@ -181,7 +208,9 @@ def test_tensor_in_two_shards(sharded):
 def test_missing_shard(sharded):
     victim = sorted(sharded.glob("*.safetensors"))[1]
     victim.unlink()
-    with pytest.raises(UserError, match=f"1 problem: .*{victim.name} is missing"):  # and not one more for each of its tensors
+    with pytest.raises(
+        UserError, match=f"1 problem: .*{victim.name} is missing"
+    ):  # and not one more for each of its tensors
         huggingface.Weights(sharded)
 
 
@@ -189,7 +218,10 @@ def test_index_that_names_a_tensor_that_is_not_there(sharded):
     index = json.loads((sharded / files.INDEX).read_text())
     index["weight_map"]["model.layers.9.mlp.up_proj.weight"] = "model-00001-of-00003.safetensors"
     (sharded / files.INDEX).write_text(json.dumps(index))
-    with pytest.raises(UserError, match="says that model.layers.9.mlp.up_proj.weight is in model-00001-of-00003.safetensors, but it is not there"):
+    with pytest.raises(
+        UserError,
+        match="says that model.layers.9.mlp.up_proj.weight is in model-00001-of-00003.safetensors, but it is not there",
+    ):
         huggingface.Weights(sharded)
 
 
@@ -199,7 +231,9 @@ def test_malformed_index(sharded):
         huggingface.Weights(sharded)
 
 
-@pytest.mark.parametrize("kept", [0, 5, 100, 3000, -4], ids=["empty", "no length", "half a header", "little data", "last bytes gone"])
+@pytest.mark.parametrize(
+    "kept", [0, 5, 100, 3000, -4], ids=["empty", "no length", "half a header", "little data", "last bytes gone"]
+)
 def test_truncated_file(tied, kept):
     file = tied / "model.safetensors"
     file.write_bytes(file.read_bytes()[:kept])
@@ -224,14 +258,18 @@ def test_other_formats_are_named(tied):
 
 def test_other_architectures_are_named(tied):
     config = json.loads((tied / "config.json").read_text())
-    (tied / "config.json").write_text(json.dumps(config | {"model_type": "llama", "architectures": ["LlamaForCausalLM"]}))
+    (tied / "config.json").write_text(
+        json.dumps(config | {"model_type": "llama", "architectures": ["LlamaForCausalLM"]})
+    )
     with pytest.raises(UserError, match="type 'llama'.*LlamaForCausalLM"):
         load.load_model_config(tied)
 
 
 def test_other_sizes_are_named(tied):
     config = dataclasses.replace(load.load_model_config(tied), num_layers=5, rope_theta=5e6)
-    with pytest.raises(UserError, match="num_layers is 3, config.model has 5; rope_theta is 1000000.0, config.model has 5000000.0"):
+    with pytest.raises(
+        UserError, match="num_layers is 3, config.model has 5; rope_theta is 1000000.0, config.model has 5000000.0"
+    ):
         load.load_params(tied, config, make_mesh(), sharding.TRAIN_RULES)
 
 

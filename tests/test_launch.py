@@ -12,10 +12,10 @@ import subprocess
 import sys
 import time
 
+import micro
 import pytest
 import yaml
 
-import micro
 from refusion_jax import config as config_lib
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -56,7 +56,9 @@ def bash(*command, cwd="/", **environ) -> subprocess.CompletedProcess:
 
 
 def test_trainer_has_the_flags_that_the_scripts_use():
-    done = subprocess.run([sys.executable, "-m", "refusion_jax.train", "--help"], capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        [sys.executable, "-m", "refusion_jax.train", "--help"], capture_output=True, text=True, check=True
+    )
     assert "--config" in done.stdout and "--workdir" in done.stdout
 
 
@@ -81,7 +83,9 @@ def train_arguments(printed: str) -> list[list[str]]:
         words = []
         for word in shlex.split(printed, comments=False):
             if word.startswith("--command="):  # what runs on a TPU worker
-                words += [shlex.split(line) for line in word.removeprefix("--command=").splitlines() if "-m refusion" in line]
+                words += [
+                    shlex.split(line) for line in word.removeprefix("--command=").splitlines() if "-m refusion" in line
+                ]
         words += [shlex.split(line) for line in printed.splitlines() if line.startswith(("env ", "srun "))]
     found = []
     for line in words:
@@ -116,12 +120,19 @@ def stubs(folder: pathlib.Path, *names: str) -> str:
     return f"{folder}:{os.environ['PATH']}"
 
 
-@pytest.mark.parametrize("arguments, train", [*((value[0], TRAIN) for name, value in STARTS.items() if "local" not in name), *((a, []) for a in OTHERS)])
+@pytest.mark.parametrize(
+    "arguments, train",
+    [*((value[0], TRAIN) for name, value in STARTS.items() if "local" not in name), *((a, []) for a in OTHERS)],
+)
 def test_dry_run_prints_what_the_real_run_does(arguments, train, tmp_path):
     path = stubs(tmp_path / "bin", "gcloud", "git", "sbatch", "scancel", "kubectl", "tail", "mkdir")
     done = bash(LAUNCH / arguments[0], *arguments[1:], *train, PATH=path, LIB=str(LAUNCH / "lib.sh"))
     assert done.returncode == 0, done.stderr
-    called = [line for line in done.stdout.splitlines() if line not in ("sbatch", "kubectl apply -f -") and not line.startswith("mkdir ")]
+    called = [
+        line
+        for line in done.stdout.splitlines()
+        if line not in ("sbatch", "kubectl apply -f -") and not line.startswith("mkdir ")
+    ]
     assert called == dry_run(arguments, train).splitlines()
 
 
@@ -158,7 +169,10 @@ def test_slurm_batch_script_is_valid_and_has_the_tasks_asked_for():
     [
         (["local_cpu.sh", "--config", "configs/8b.py"], "--workdir DIR"),
         (["local_cpu.sh", "--workdir", "x"], "--config configs/tiny.py"),
-        (["local_cpu.sh", "--config=configs/9b.py:steps=3", "--workdir=x"], "no such config in the repository: configs/9b.py"),
+        (
+            ["local_cpu.sh", "--config=configs/9b.py:steps=3", "--workdir=x"],
+            "no such config in the repository: configs/9b.py",
+        ),
         (["local_cpu.sh", "--devices", "8", "--processes", "3", *TRAIN], "cannot be shared evenly"),
         (["slurm.sh", "submit", "--process-per", "rack", *TRAIN], "--process-per is rack"),
         (["slurm.sh", "stop"], "needs the number of the job"),
@@ -243,7 +257,12 @@ def test_local_processes_get_their_number_and_the_first_failure_is_the_result(cl
 
 def test_signal_to_the_local_script_stops_every_process(clone, tmp_path):
     calls = tmp_path / "calls"
-    environ = {"PATH": os.environ["PATH"], "REFUSION_PYTHON": str(tmp_path / "python"), "CALLS": str(calls), "UNTIL_STOPPED": "yes"}
+    environ = {
+        "PATH": os.environ["PATH"],
+        "REFUSION_PYTHON": str(tmp_path / "python"),
+        "CALLS": str(calls),
+        "UNTIL_STOPPED": "yes",
+    }
     script = subprocess.Popen(["bash", clone / "launch/local_cpu.sh", "--processes", "2", *TRAIN], env=environ)
     try:
         end = time.monotonic() + 30
@@ -294,12 +313,24 @@ def test_notebook_runs_from_top_to_bottom(tmp_path, monkeypatch):
 
 def test_quickstart_runs_the_commands_in_order(clone, tmp_path):
     calls = tmp_path / "calls"
-    environ = {"REFUSION_PYTHON": str(tmp_path / "python"), "CALLS": str(calls), "REFUSION_WORKDIR": str(tmp_path / "run")}
+    environ = {
+        "REFUSION_PYTHON": str(tmp_path / "python"),
+        "CALLS": str(calls),
+        "REFUSION_WORKDIR": str(tmp_path / "run"),
+    }
     (tmp_path / "run").mkdir()
     done = bash(clone / "launch/quickstart.sh", "--config.seed=1", **environ)
     assert done.returncode == 0, done.stderr
     install, train, *tools = [line.split() for line in calls.read_text().splitlines()]
     assert install[-1] == f"{clone}[demo]"
-    assert train == ["-m", "refusion_jax.train", "--config", "configs/tiny.py", "--workdir", str(tmp_path / "run"), "--config.seed=1"]
+    assert train == [
+        "-m",
+        "refusion_jax.train",
+        "--config",
+        "configs/tiny.py",
+        "--workdir",
+        str(tmp_path / "run"),
+        "--config.seed=1",
+    ]
     for name, module, *_ in tools:
         assert (ROOT / (module.replace(".", "/") + ".py" if name == "-m" else name)).is_file()

@@ -70,7 +70,10 @@ def test_small_updates_count_in_bfloat16():
     direction = rng.standard_normal(1024)
     x = jnp.asarray(direction + 0.1 * rng.standard_normal((32, 1024)), jnp.bfloat16)
     w = jnp.asarray(rng.standard_normal((1024, 64)) / 32, jnp.bfloat16)
-    adapter = {"a": jnp.asarray(direction[:, None] / 1024, jnp.float32), "b": jnp.asarray(rng.choice([-0.05, 0.05], (1, 64)), jnp.float32)}
+    adapter = {
+        "a": jnp.asarray(direction[:, None] / 1024, jnp.float32),
+        "b": jnp.asarray(rng.choice([-0.05, 0.05], (1, 64)), jnp.float32),
+    }
     assert np.mean((w + (adapter["a"] @ adapter["b"]).astype(w.dtype)) == w) > 0.5  # most of the sum is rounded away
 
     class Projection(nn.Module):
@@ -99,10 +102,14 @@ def run(tmp_path_factory, base):
     write_examples(folder / "data.json")
     flat = jax.tree_util.tree_leaves_with_path(base)
     streams = {
-        jax.tree_util.keystr(path, simple=True, separator="/"): convert.stream.Stream(p.shape, p.dtype, lambda start, stop, p=np.asarray(p): p[start:stop])
+        jax.tree_util.keystr(path, simple=True, separator="/"): convert.stream.Stream(
+            p.shape, p.dtype, lambda start, stop, p=np.asarray(p): p[start:stop]
+        )
         for path, p in flat
     }
-    convert.stream.save(folder / "base" / "checkpoints" / "0", streams, orbax.make_meta(MODEL, step=0, tokenizer="bytes"))
+    convert.stream.save(
+        folder / "base" / "checkpoints" / "0", streams, orbax.make_meta(MODEL, step=0, tokenizer="bytes")
+    )
     settings = get_config(f"data={folder / 'data.json'},steps=6")
     settings.init_from = str(folder / "base")
     settings.lora = dict(rank=3, alpha=6.0, targets=("query", "value", "output", "down"), base_dtype="bfloat16")
@@ -119,7 +126,9 @@ def place(tree):
 def test_checkpoint_holds_adapters_only(run):
     folder, config, _ = run
     abstract = jax.eval_shape(lambda key: lora.init(key, MODEL, config.lora), jax.random.key(0))
-    adapters = orbax.restore_adapters(folder, MODEL, config.lora, make_mesh(1, 4, 2))  # raises if there is anything else
+    adapters = orbax.restore_adapters(
+        folder, MODEL, config.lora, make_mesh(1, 4, 2)
+    )  # raises if there is anything else
     assert jax.tree.map(jnp.shape, adapters) == jax.tree.map(jnp.shape, abstract)
     assert all(np.abs(leaf).max() > 0 for leaf in jax.tree.leaves(adapters))  # b was zero
     stored = sum(p.stat().st_size for p in (folder / "checkpoints" / "6").rglob("*") if p.is_file())
@@ -135,12 +144,16 @@ def test_run_with_adapters_loads_as_its_base_with_them_merged(run):
     merged = lora.merge(rounded, adapters, config.lora)
     loaded = place(folder)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), loaded, merged)
-    np.testing.assert_allclose(logits(loaded)[..., :262], logits(rounded, lora.scaled(adapters, config.lora))[..., :262], atol=2e-5)
+    np.testing.assert_allclose(
+        logits(loaded)[..., :262], logits(rounded, lora.scaled(adapters, config.lora))[..., :262], atol=2e-5
+    )
 
     convert.to_huggingface(folder, folder.parent / "exported", say=lambda line: None)
     exported = place(folder.parent / "exported")
     touched = jax.tree_util.tree_map_with_path(lambda path, p: path[-1].key in config.lora.targets, merged)
-    jax.tree.map(lambda a, b, was: np.testing.assert_allclose(a, b, atol=1e-6) if was else None, exported, merged, touched)
+    jax.tree.map(
+        lambda a, b, was: np.testing.assert_allclose(a, b, atol=1e-6) if was else None, exported, merged, touched
+    )
 
 
 def test_resumed_run_has_the_same_frozen_base_bit_for_bit(run):
@@ -156,12 +169,25 @@ def test_resumed_run_has_the_same_frozen_base_bit_for_bit(run):
     frozen = load.load_params(base, MODEL, mesh, sharding.TRAIN_RULES, "bfloat16")
     before = jax.tree.map(np.asarray, frozen)
     state = program.init(jax.random.key(0)).replace(frozen=frozen)
-    assert {leaf.size for leaf in jax.tree.leaves(optax.tree_utils.tree_get(state.opt_state, "mu"))} <= {leaf.size for leaf in jax.tree.leaves(state.params)}
-    rows = pipeline.load_rows(config.data.train, load_tokenizer("bytes"), max_length=64, max_examples_per_row=0, seed=0, cache_dir=folder.parent / "cache")
+    assert {leaf.size for leaf in jax.tree.leaves(optax.tree_utils.tree_get(state.opt_state, "mu"))} <= {
+        leaf.size for leaf in jax.tree.leaves(state.params)
+    }
+    rows = pipeline.load_rows(
+        config.data.train,
+        load_tokenizer("bytes"),
+        max_length=64,
+        max_examples_per_row=0,
+        seed=0,
+        cache_dir=folder.parent / "cache",
+    )
     batches = pipeline.batches(rows, batch_size=8, local_rows=np.arange(8), start_row=0)
     for _ in range(3):
         state, _ = program.train(state, train.to_devices(next(batches), program.batch_sharding, 8))
-    jax.tree.map(lambda a, b: np.testing.assert_array_equal(np.asarray(a).view(np.uint16), b.view(np.uint16)), state.frozen, before)
+    jax.tree.map(
+        lambda a, b: np.testing.assert_array_equal(np.asarray(a).view(np.uint16), b.view(np.uint16)),
+        state.frozen,
+        before,
+    )
 
 
 def test_adapters_need_a_base(tmp_path):

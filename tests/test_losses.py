@@ -25,7 +25,11 @@ def head():
     """hidden [batch, length, width], table [vocab, width], targets [batch, length]; logits up to about 30."""
     rng = np.random.default_rng(0)
     hidden = rng.normal(size=(BATCH, LENGTH, WIDTH)).astype(np.float32)
-    return hidden, (2 * rng.normal(size=(VOCAB, WIDTH))).astype(np.float32), rng.integers(0, LOGICAL, (BATCH, LENGTH)).astype(np.int32)
+    return (
+        hidden,
+        (2 * rng.normal(size=(VOCAB, WIDTH))).astype(np.float32),
+        rng.integers(0, LOGICAL, (BATCH, LENGTH)).astype(np.int32),
+    )
 
 
 def oracle(hidden, table, targets, weights):
@@ -69,9 +73,13 @@ def test_cross_entropy_in_chunks_equals_the_whole_in_float64(chunk, head):
 def test_cross_entropy_of_bfloat16_hidden_states_is_float32(head):
     """Only the inputs are rounded: bfloat16 logits would be off by up to 0.1 here."""
     hidden, table, targets = head
-    half = token_loss(jnp.asarray(hidden, jnp.bfloat16), jnp.asarray(table), targets, logical_vocab_size=LOGICAL, chunk=8)
+    half = token_loss(
+        jnp.asarray(hidden, jnp.bfloat16), jnp.asarray(table), targets, logical_vocab_size=LOGICAL, chunk=8
+    )
     rounded = [np.asarray(jnp.asarray(x, jnp.bfloat16), np.float32) for x in (hidden, table)]
-    np.testing.assert_allclose(half.cross_entropy, oracle(*rounded, targets, np.ones(targets.shape))[0], rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(
+        half.cross_entropy, oracle(*rounded, targets, np.ones(targets.shape))[0], rtol=1e-4, atol=1e-4
+    )
 
 
 def test_tokens_without_weight_give_exactly_nothing():
@@ -105,7 +113,9 @@ def random_batch(rows=6, length=96, seed=0):
 def test_terms_equal_plain_loops_over_examples(normalisation, masking):
     """The table of method section 3 written out; weights of `released` give q away, all tokens of an example alike."""
     batch, config = random_batch(), ObjectiveConfig(normalisation=normalisation, masking=masking)
-    inputs, released = (corrupted(batch, dataclasses.replace(config, normalisation=n), 999) for n in (normalisation, "released"))
+    inputs, released = (
+        corrupted(batch, dataclasses.replace(config, normalisation=n), 999) for n in (normalisation, "released")
+    )
     entropy = np.random.default_rng(1).exponential(size=inputs.tokens.shape).astype(np.float32)
     ar_sum = ar_count = mdm_sum = 0.0
     ar_means, mdm_means = [], []
@@ -143,8 +153,12 @@ def test_losses_and_gradients_equal_the_released_code(reference):
     def evaluate(params, inputs: Denoising):
         def loss(params):
             hidden = Qwen3(config).apply({"params": params}, inputs.tokens, inputs.positions, inputs.segment_ids)
-            entropy = token_loss(hidden, output_table(params), inputs.targets, logical_vocab_size=config.logical_vocab_size, chunk=32).cross_entropy
-            means = {name: numerator(term, entropy) / jnp.maximum(term.denominator, 1) for name, term in inputs.terms.items()}
+            entropy = token_loss(
+                hidden, output_table(params), inputs.targets, logical_vocab_size=config.logical_vocab_size, chunk=32
+            ).cross_entropy
+            means = {
+                name: numerator(term, entropy) / jnp.maximum(term.denominator, 1) for name, term in inputs.terms.items()
+            }
             return means["ar"] + means["mdm"], means
 
         (_, means), slopes = jax.value_and_grad(loss, has_aux=True)(params)
@@ -152,14 +166,20 @@ def test_losses_and_gradients_equal_the_released_code(reference):
 
     for i in range(8):
         # Padding, which the shapes of all batches are brought to, must change nothing either.
-        field = lambda name, fill=0: np.pad(data[f"batch{i}/{name}"], ((0, 0), (0, length - data[f"batch{i}/tokens"].shape[1])), constant_values=fill)
+        field = lambda name, fill=0: np.pad(
+            data[f"batch{i}/{name}"], ((0, 0), (0, length - data[f"batch{i}/tokens"].shape[1])), constant_values=fill
+        )
         labels, masked, segments = field("labels", -100), field("masked"), field("attention_mask").astype(np.int32)
         spread = lambda name: np.broadcast_to(data[f"batch{i}/{name}"][:, None], labels.shape)
         terms = loss_terms(
             ar=(labels >= 0) & ~masked, mdm=(labels >= 0) & masked, q=spread("mask_prob"), response_length=spread("response_length"),
             segment_ids=segments, examples=len(labels), config=ObjectiveConfig(),
         )  # fmt: skip
-        means, norm = evaluate(params, Denoising(field("corrupted"), field("positions"), segments, np.maximum(labels, 0), terms))
+        means, norm = evaluate(
+            params, Denoising(field("corrupted"), field("positions"), segments, np.maximum(labels, 0), terms)
+        )
         for name in ("ar", "mdm"):
-            np.testing.assert_allclose(means[name], data[f"batch{i}/{name}_loss"], rtol=1e-5, err_msg=f"batch{i} {name}")
+            np.testing.assert_allclose(
+                means[name], data[f"batch{i}/{name}_loss"], rtol=1e-5, err_msg=f"batch{i} {name}"
+            )
         np.testing.assert_allclose(norm, data[f"batch{i}/grad_norm"], rtol=1e-4, err_msg=f"batch{i}")

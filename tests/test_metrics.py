@@ -16,7 +16,10 @@ from refusion_jax.parallel import sharding
 
 
 def steps(folder):
-    return [(record["step"], record["kind"]) for record in map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())]
+    return [
+        (record["step"], record["kind"])
+        for record in map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
+    ]
 
 
 def test_what_came_after_the_last_checkpoint_is_dropped(tmp_path):
@@ -68,7 +71,10 @@ def test_progress_is_a_line_per_report(capsys):
     progress.show(20, {"loss": 1.23456, "ar": 123.4, "lr": 1.5e-4, "tok/s": 12345.6, "padding": 0.0251}, eta=3725.9)
     progress.show(40, {}, eta=math.inf)
     Progress(total=5, enabled=False).show(1, {}, eta=0)
-    assert capsys.readouterr().out == "step 20/2000  loss 1.2346  ar 123  lr 0.00015  tok/s 12,346  padding 2.5%  eta 1:02:05\nstep 40/2000  eta ?\n"
+    assert (
+        capsys.readouterr().out
+        == "step 20/2000  loss 1.2346  ar 123  lr 0.00015  tok/s 12,346  padding 2.5%  eta 1:02:05\nstep 40/2000  eta ?\n"
+    )
 
 
 @pytest.mark.parametrize("size", ["0.6b", "8b"])  # tied and not
@@ -81,4 +87,6 @@ def test_operations_are_counted_over_every_matrix(size):
     # One example of n tokens: 6 N n for the matrices, and per layer two products of [n, n, heads * head_dim], causal half, three times.
     n, width = 4096, config.num_heads * config.head_dim
     attention = 3 * 2 * (2 * n * n * width / 2) * config.num_layers
-    assert flops.train_flops(config, n, n * (n + 1) / 2) == pytest.approx(6 * flops.matmul_params(config) * n + attention, rel=1e-3)
+    assert flops.train_flops(config, n, n * (n + 1) / 2) == pytest.approx(
+        6 * flops.matmul_params(config) * n + attention, rel=1e-3
+    )

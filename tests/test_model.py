@@ -78,7 +78,9 @@ def test_logits_through_a_cache_filled_in_windows_equal_the_reference(name, refe
     cache, hidden = KVCache.empty(config, batch=2, cache_length=700), []
     for start in range(0, 640, 160):
         window = slice(start, start + 160)
-        out, cache = forward_window(config, params, data["tokens"][:, window], data["permuted_positions"][:, window], cache)
+        out, cache = forward_window(
+            config, params, data["tokens"][:, window], data["permuted_positions"][:, window], cache
+        )
         cache = cache.commit(jnp.full(2, 160))
         hidden.append(out)
     ours = logits(config, params, jnp.concatenate(hidden, axis=1)[:, data["rows"]])
@@ -90,11 +92,15 @@ def test_logits_of_corrupted_training_sequences_equal_the_reference(reference):
     data = np.load(reference / "tiny" / "losses.npz")
     names = [f"batch{i}" for i in range(8)]
     lengths = [data[f"{name}/logits_row0"].shape[0] for name in names]
-    rows = lambda field: np.stack([np.pad(data[f"{name}/{field}"][0], (0, max(lengths) - n)) for name, n in zip(names, lengths, strict=True)])
+    rows = lambda field: np.stack(
+        [np.pad(data[f"{name}/{field}"][0], (0, max(lengths) - n)) for name, n in zip(names, lengths, strict=True)]
+    )
     ours = logits(config, params, forward(config, params, rows("corrupted"), rows("positions"), rows("attention_mask")))
     for name, row in zip(names, ours, strict=True):
         real = data[f"{name}/attention_mask"][0].astype(bool)
-        np.testing.assert_allclose(row[: len(real)][real], data[f"{name}/logits_row0"][real], rtol=0, atol=TOLERANCE, err_msg=name)
+        np.testing.assert_allclose(
+            row[: len(real)][real], data[f"{name}/logits_row0"][real], rtol=0, atol=TOLERANCE, err_msg=name
+        )
 
 
 # --- What a token may see.
@@ -119,7 +125,9 @@ def test_causality_follows_the_buffer_and_rotation_the_positions(params):
 def test_packed_segments_equal_separate_ones_and_padding_changes_nothing(params):
     lengths, total = (9, 14, 5), 40
     examples = [random_tokens(1, n, seed=n) for n in lengths]
-    packed = lambda arrays, fill: jnp.concatenate([*arrays, jnp.full((1, total - sum(lengths)), fill, jnp.int32)], axis=1)
+    packed = lambda arrays, fill: jnp.concatenate(
+        [*arrays, jnp.full((1, total - sum(lengths)), fill, jnp.int32)], axis=1
+    )
     positions = packed([ascending(1, n) for n in lengths], 0)
     segments = packed([jnp.full((1, n), i + 1, jnp.int32) for i, n in enumerate(lengths)], 0)
     hidden, repadded = (forward(TINY, params, packed(examples, fill), positions, segments) for fill in (0, 7))
@@ -203,7 +211,9 @@ def gradients_of(change=()):
     @jax.jit
     def gradients(key):
         params = nn.unbox(init_params(config, key))
-        functional = lambda p: jnp.sum(weights * Qwen3(config).apply({"params": p}, random_tokens(2, 16), ascending(2, 16)))
+        functional = lambda p: jnp.sum(
+            weights * Qwen3(config).apply({"params": p}, random_tokens(2, 16), ascending(2, 16))
+        )
         return jax.value_and_grad(functional)(params)
 
     return gradients(jax.random.key(3))
@@ -283,10 +293,19 @@ def test_presets_have_the_published_parameter_counts(size, count):
     config = qwen3(size)
     assert config.num_params() == count
     assert sum(p.size for p in jax.tree.leaves(nn.unbox(sharding.abstract_params(config)))) == count
-    assert (config.mask_token_id, config.begin_token_id, config.logical_vocab_size, config.vocab_size) == (151670, 151669, 151671, 151936)
+    assert (config.mask_token_id, config.begin_token_id, config.logical_vocab_size, config.vocab_size) == (
+        151670,
+        151669,
+        151671,
+        151936,
+    )
 
 
-@pytest.mark.parametrize("place", [{"rope_theta": 5e6}, {"rope_parameters": {"rope_type": "default", "rope_theta": 5e6}}], ids=["top", "nested"])
+@pytest.mark.parametrize(
+    "place",
+    [{"rope_theta": 5e6}, {"rope_parameters": {"rope_type": "default", "rope_theta": 5e6}}],
+    ids=["top", "nested"],
+)
 def test_rope_theta_is_read_from_both_places(place, reference, tmp_path):
     fields = json.loads((reference / "qwen3_untied" / "model" / "config.json").read_text())
     del fields["rope_theta"]

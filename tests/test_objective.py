@@ -113,7 +113,10 @@ def test_worked_example():
     assert positions == [0, 1, 2, 11, 12, 13, 14, 15, 16, 3, 4, 5, 6, 7, 8, 9, 10]
     batch = pack([[(i, np.array(prompt + response), 3)] for i in range(64)], 17)
     inputs = corrupted(batch, ObjectiveConfig(slot_sizes=(8,)), MASK)
-    found = [tuple(map(list, row)) for row in zip(np.asarray(inputs.tokens), targets_of(inputs), np.asarray(inputs.positions), strict=True)]
+    found = [
+        tuple(map(list, row))
+        for row in zip(np.asarray(inputs.tokens), targets_of(inputs), np.asarray(inputs.positions), strict=True)
+    ]
     assert all(row in expected for row in found)
     assert all(row in found for row in expected)
 
@@ -152,8 +155,15 @@ def test_oracle_equals_sequences_recorded_from_the_released_code(reference):
         batch = {key.split("/")[1]: data[key] for key in data.files if key.startswith(f"batch{b}/")}
         for row in range(len(batch["tokens"])):
             real = batch["attention_mask"][row].astype(bool)
-            prompt, tokens = int(batch["prompt_lengths"][row]), np.where(batch["masked"][row], MASK, batch["corrupted"][row])[real]
-            recorded = [list(tokens), [t if t >= 0 else -1 for t in batch["labels"][row][real]], list(batch["positions"][row][real])]
+            prompt, tokens = (
+                int(batch["prompt_lengths"][row]),
+                np.where(batch["masked"][row], MASK, batch["corrupted"][row])[real],
+            )
+            recorded = [
+                list(tokens),
+                [t if t >= 0 else -1 for t in batch["labels"][row][real]],
+                list(batch["positions"][row][real]),
+            ]
             original = batch["tokens"][row][batch["attention_mask"][row].astype(bool)]
             fits = []
             for k in (4, 8, 16, 32):
@@ -174,10 +184,14 @@ def test_targets_never_cross_a_slot():
         clean_targets = (tokens[r] != MASK) & (targets[r] >= 0)
         at = positions[r][clean_targets]
         np.testing.assert_array_equal(targets[r][clean_targets], original[r][at + 1])
-        np.testing.assert_array_equal(np.flatnonzero(clean_targets) + 1, [np.flatnonzero(positions[r] == p + 1)[0] for p in at])  # next in the buffer too
+        np.testing.assert_array_equal(
+            np.flatnonzero(clean_targets) + 1, [np.flatnonzero(positions[r] == p + 1)[0] for p in at]
+        )  # next in the buffer too
         masks = tokens[r] == MASK
         np.testing.assert_array_equal(targets[r][masks], original[r][positions[r][masks]])
-        heads = np.setdiff1d(np.arange(3, 64), [*(at + 1), *positions[r][masks]])  # predicted by nobody: first tokens of clean slots
+        heads = np.setdiff1d(
+            np.arange(3, 64), [*(at + 1), *positions[r][masks]]
+        )  # predicted by nobody: first tokens of clean slots
         assert ((heads - 3) % 4 == 0).all()
 
 
@@ -191,7 +205,9 @@ def test_packed_equals_unpacked_in_any_order(kind):
     examples = [example(100 + i, *size) for i, size in enumerate(sizes)]
     layouts = [
         pack([[e] for e in examples], length=128, examples=9),  # one to a row
-        pack([examples[:3], examples[3:6], [], examples[6:], *[[]] * 4], length=128, examples=9),  # packed, empty rows among them
+        pack(
+            [examples[:3], examples[3:6], [], examples[6:], *[[]] * 4], length=128, examples=9
+        ),  # packed, empty rows among them
         pack([*[[]] * 5, examples[5:], examples[2:5][::-1], examples[:2]], length=128, examples=9),  # another order
         pack([examples[1::2][::-1], examples[::2]], length=200, examples=4),  # rows of another shape
     ]
@@ -223,7 +239,12 @@ def many(masking, response, slot_sizes, count=2400, cap=0.0):
     config = ObjectiveConfig(masking=masking, slot_sizes=slot_sizes, mdm_weight_cap=cap)
     inputs = corrupted(copies(count, prompt=1, response=response), config, MASK)
     assert float(inputs.terms["mdm"].denominator) == count
-    return np.asarray(inputs.tokens), np.asarray(inputs.positions), targets_of(inputs), np.asarray(inputs.terms["mdm"].weights)
+    return (
+        np.asarray(inputs.tokens),
+        np.asarray(inputs.positions),
+        targets_of(inputs),
+        np.asarray(inputs.terms["mdm"].weights),
+    )
 
 
 def test_slot_sizes_are_drawn_uniformly():
@@ -251,7 +272,9 @@ def test_released_masking_masks_each_slot_with_its_examples_probability():
     z = (masked[some][chosen] - slots * q[chosen]) / np.sqrt(slots * q[chosen] * (1 - q[chosen]))
     assert abs(z.mean()) < 4 / np.sqrt(len(z)) and abs((z**2).mean() - 1) < 4 * np.sqrt(2 / len(z))
     # One weight for all masks of an example.
-    assert np.allclose(np.where(weights > 0, weights, weights.max(axis=1, keepdims=True)), weights.max(axis=1, keepdims=True))
+    assert np.allclose(
+        np.where(weights > 0, weights, weights.max(axis=1, keepdims=True)), weights.max(axis=1, keepdims=True)
+    )
 
 
 def test_paper_masking_masks_a_random_part_of_the_slots():

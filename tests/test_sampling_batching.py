@@ -89,7 +89,16 @@ def test_left_over_cache_contents_do_not_matter():
     for garbage in (0.0, 1e4):
         state = batching.empty(sampler, BATCH, 64 + CONFIG.length + sampler.window)
         cache = state.cache.replace(k=state.cache.k + garbage, v=state.cache.v - garbage)
-        state = batching.prefill(sampler, PARAMS, state.replace(cache=cache), settings, np.array([2]), prompt, np.array([len(PROMPTS[0])]), keys)
+        state = batching.prefill(
+            sampler,
+            PARAMS,
+            state.replace(cache=cache),
+            settings,
+            np.array([2]),
+            prompt,
+            np.array([len(PROMPTS[0])]),
+            keys,
+        )
         state, _ = batching.run(sampler, PARAMS, state, settings, 1000, BATCH)
         found.append(jax.device_get((state.rows.tokens, state.rows.offsets, state.rows.count)))
     jax.tree.map(np.testing.assert_array_equal, *found)
@@ -114,7 +123,9 @@ def test_stream_shows_answers_as_they_grow(answers):
 def test_sampling_is_reproducible_and_has_a_stream_per_prompt():
     config = dataclasses.replace(CONFIG, temperature=1.5, slot_threshold=0.2, token_threshold=0.05)
     prompts = [PROMPTS[0]] * 6
-    tokens = lambda **options: [a.committed for a in generate(PARAMS, MODEL, config, prompts, batch_size=BATCH, max_prompt_length=60, **options)]
+    tokens = lambda **options: [
+        a.committed for a in generate(PARAMS, MODEL, config, prompts, batch_size=BATCH, max_prompt_length=60, **options)
+    ]
     first = tokens(seed=1)
     assert first == tokens(seed=1)
     assert first != tokens(seed=2)
@@ -124,7 +135,9 @@ def test_sampling_is_reproducible_and_has_a_stream_per_prompt():
 def test_sampling_does_not_depend_on_the_batch_or_on_speculation():
     config = dataclasses.replace(CONFIG, temperature=1.0, slot_threshold=0.2, token_threshold=0.05)
     here = generate(PARAMS, MODEL, config, PROMPTS[:8], batch_size=BATCH, max_prompt_length=60)
-    off = generate(PARAMS, MODEL, dataclasses.replace(config, speculate="off"), PROMPTS[:8], batch_size=8, max_prompt_length=60)
+    off = generate(
+        PARAMS, MODEL, dataclasses.replace(config, speculate="off"), PROMPTS[:8], batch_size=8, max_prompt_length=60
+    )
     assert [contents(a) for a in here] == [contents(a) for a in off]
     assert sum(a.forwards for a in here) < sum(a.forwards for a in off)
 
@@ -176,7 +189,9 @@ def test_autoregressive_equals_an_argmax_loop():
     found = generate(PARAMS, MODEL, config, PROMPTS[:9], batch_size=BATCH, max_prompt_length=60)
     allowed = np.ones(MODEL.vocab_size, bool)
     allowed[[MODEL.mask_token_id, MODEL.begin_token_id]] = False
-    forward = jax.jit(lambda tokens: logits(MODEL, PARAMS, Qwen3(MODEL).apply({"params": PARAMS}, tokens, jnp.arange(32)[None])))
+    forward = jax.jit(
+        lambda tokens: logits(MODEL, PARAMS, Qwen3(MODEL).apply({"params": PARAMS}, tokens, jnp.arange(32)[None]))
+    )
     for prompt, answer in zip(PROMPTS[:9], found, strict=True):
         tokens = list(prompt)
         while len(tokens) < len(prompt) + 10 and tokens[len(prompt) :][-1:] != [MODEL.eos_token_id]:

@@ -25,7 +25,12 @@ def trials(shape_index: int, **options):
         seed = 100 * shape_index + trial
         slot_threshold, token_threshold = (float(x) for x in rng.choice([0.0, 0.2, 0.35, 0.5, 0.65, 0.8, 0.95, 1.0], 2))
         config = SamplerConfig(
-            gen_length=gen_length, slot_size=slot_size, blocks=blocks, slot_threshold=slot_threshold, token_threshold=token_threshold, **options
+            gen_length=gen_length,
+            slot_size=slot_size,
+            blocks=blocks,
+            slot_threshold=slot_threshold,
+            token_threshold=token_threshold,
+            **options,
         )
         yield random_params(seed, scale=rng.uniform(0.6, 1.6)), config, random_prompts(seed, BATCH)
 

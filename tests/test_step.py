@@ -81,7 +81,9 @@ def test_mesh_and_accumulation_change_nothing(split):
     for step, (a, e) in enumerate(zip(actual, expected, strict=True)):
         assert a.keys() == e.keys()
         for name in e:
-            np.testing.assert_allclose(a[name], e[name], rtol=1e-5 if name != "grad_norm" else 1e-4, err_msg=f"step {step} {name}")
+            np.testing.assert_allclose(
+                a[name], e[name], rtol=1e-5 if name != "grad_norm" else 1e-4, err_msg=f"step {step} {name}"
+            )
     # Adam divides small gradients by themselves, so parameters are compared to the size of an update, 1e-2 here.
     jax.tree.map(lambda a, e: np.testing.assert_allclose(a, e, atol=2e-4), split_end, end)
 
@@ -111,7 +113,9 @@ def test_terms_without_targets_are_zero_and_gradients_finite():
     one_token = batch.replace(lengths=np.where(batch.lengths > 0, batch.prompt_lengths + 1, 0).astype(np.int32))
     one_each = lambda length: np.tile(np.where(np.arange(6) == 0, length, 0).astype(np.int32), (ROWS, 1))
     single = batch.replace(lengths=one_each(9), prompt_lengths=one_each(2))
-    inputs = jax.jit(corrupt, static_argnums=(2, 3))(jax.random.key(CONFIG.seed), single, CONFIG.objective, MODEL.mask_token_id)
+    inputs = jax.jit(corrupt, static_argnums=(2, 3))(
+        jax.random.key(CONFIG.seed), single, CONFIG.objective, MODEL.mask_token_id
+    )
     clean = (np.asarray(inputs.terms["mdm"].weights) == 0).all(axis=1, keepdims=True)
     no_mask = single.replace(lengths=single.lengths * clean, prompt_lengths=single.prompt_lengths * clean)
     assert 0 < clean.sum() < ROWS
@@ -133,7 +137,10 @@ def test_evaluation_sums_give_the_loss_of_the_whole_batch():
     whole, again = (jax.device_get(program.evaluate(params, {}, batch)) for _ in range(2))
     jax.tree.map(np.testing.assert_array_equal, whole, again)
     front = (np.arange(ROWS) < ROWS // 2)[:, None].astype(np.uint8)
-    halves = [jax.device_get(program.evaluate(params, {}, jax.tree.map(lambda x: x * keep, batch))) for keep in (front, 1 - front)]
+    halves = [
+        jax.device_get(program.evaluate(params, {}, jax.tree.map(lambda x: x * keep, batch)))
+        for keep in (front, 1 - front)
+    ]
     jax.tree.map(lambda w, a, b: np.testing.assert_allclose(a + b, w, rtol=1e-5), whole, *halves)
     assert 0 < whole["mdm"]["tokens"] and 0 <= whole["mdm"]["correct"] <= whole["mdm"]["tokens"]
 
@@ -155,7 +162,9 @@ def test_logits_of_the_whole_batch_never_exist():
         model = dataclasses.replace(MODEL, vocab_size=vocab, logical_vocab_size=vocab, num_layers=1)
         config = dataclasses.replace(CONFIG, model=model, batch_size=rows, objective=ObjectiveConfig(loss_chunk=chunk))
         program = steps_lib.build(config, mesh_of(1, 1, 1), 3)
-        return program.train.lower(program.abstract_state, jax.eval_shape(lambda: uneven_batch(rows=rows, length=length))).compile()
+        return program.train.lower(
+            program.abstract_state, jax.eval_shape(lambda: uneven_batch(rows=rows, length=length))
+        ).compile()
 
     chunked, whole = compiled(chunk), compiled(length)
     assert widest(whole.as_text(), vocab) >= rows * length * vocab  # so it would be seen
@@ -206,7 +215,13 @@ def optimizer_step(config, params, grads):
 
 
 def test_weight_decay_spares_the_norms():
-    params = {"embed": {"embedding": jnp.full(3, 2.0)}, "layers": {"attention": {"query": jnp.full(3, 2.0), "query_norm": jnp.full(3, 2.0)}, "mlp_norm": {"scale": jnp.full(3, 2.0)}}}
+    params = {
+        "embed": {"embedding": jnp.full(3, 2.0)},
+        "layers": {
+            "attention": {"query": jnp.full(3, 2.0), "query_norm": jnp.full(3, 2.0)},
+            "mlp_norm": {"scale": jnp.full(3, 2.0)},
+        },
+    }
     config = OptimizerConfig(lr=0.1, schedule="constant", weight_decay=0.5)
     after = optimizer_step(config, params, jax.tree.map(jnp.zeros_like, params))
     for decayed in (after["embed"]["embedding"], after["layers"]["attention"]["query"]):
@@ -247,7 +262,15 @@ def test_programs_that_do_not_fit_are_refused(shape, change, message):
         steps_lib.build(dataclasses.replace(CONFIG, **change), mesh_of(*shape), 3)
 
 
-@pytest.mark.parametrize("shape, message", [((3, 1, 1), "does not fit 8 devices"), ((-1, 3, 1), "does not fit 8 devices"), ((-1, -1, 1), "at most one is -1"), ((0, 1, 8), "positive")])
+@pytest.mark.parametrize(
+    "shape, message",
+    [
+        ((3, 1, 1), "does not fit 8 devices"),
+        ((-1, 3, 1), "does not fit 8 devices"),
+        ((-1, -1, 1), "at most one is -1"),
+        ((0, 1, 8), "positive"),
+    ],
+)
 def test_meshes_that_do_not_fit_the_devices_are_refused(shape, message):
     with pytest.raises(UserError, match=message):
         make_mesh(*shape)

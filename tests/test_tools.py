@@ -28,7 +28,17 @@ def write_run(folder, scale, steps=(10, 20, 30)):
     """A run whose losses are known; returns its records."""
     folder.mkdir()
     records = [{"step": s, "kind": "train", "ar_loss": scale / s, "mdm_loss": 2 * scale / s, "lr": 1e-3} for s in steps]
-    records += [{"step": s, "kind": "evaluation", "ar_loss": scale / s, "mdm_loss": 3 * scale / s, "ar_accuracy": s / 100, "mdm_accuracy": s / 200} for s in steps[::2]]
+    records += [
+        {
+            "step": s,
+            "kind": "evaluation",
+            "ar_loss": scale / s,
+            "mdm_loss": 3 * scale / s,
+            "ar_accuracy": s / 100,
+            "mdm_accuracy": s / 200,
+        }
+        for s in steps[::2]
+    ]
     records.sort(key=lambda record: record["step"])
     (folder / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
     return records

@@ -34,7 +34,9 @@ def our_logits(folder, tokens, positions) -> np.ndarray:
     config, mesh = load.load_model_config(folder), make_mesh(2, 2, 2)
     params = load.load_params(folder, config, mesh, sharding.TRAIN_RULES)
     with sharding.use(mesh, sharding.TRAIN_RULES):
-        forward = jax.jit(lambda params, *inputs: qwen3.logits(config, params, qwen3.Qwen3(config).apply({"params": params}, *inputs)))
+        forward = jax.jit(
+            lambda params, *inputs: qwen3.logits(config, params, qwen3.Qwen3(config).apply({"params": params}, *inputs))
+        )
         return np.asarray(forward(params, tokens, positions))
 
 
@@ -58,7 +60,14 @@ def our_continuation(folder, prompt: list[int], count: int) -> list[int]:
 def their_continuation(folder, prompt: list[int], count: int) -> list[int]:
     model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     tokens = torch.tensor([prompt])
-    out = model.generate(tokens, attention_mask=torch.ones_like(tokens), max_new_tokens=count, do_sample=False, eos_token_id=None, pad_token_id=0)
+    out = model.generate(
+        tokens,
+        attention_mask=torch.ones_like(tokens),
+        max_new_tokens=count,
+        do_sample=False,
+        eos_token_id=None,
+        pad_token_id=0,
+    )
     return out[0, len(prompt) :].tolist()
 
 
@@ -70,14 +79,18 @@ def test_exported_model_in_transformers(tmp_path, tie, shard_bytes):
     noisy = lambda p: np.asarray(p) + (0.3 if p.ndim < 3 else 0.02) * rng.standard_normal(p.shape).astype(np.float32)
     params = jax.tree.map(noisy, nn.unbox(qwen3.init_params(config, jax.random.key(0))))
     flat = {"/".join(key.key for key in path): p for path, p in jax.tree_util.tree_leaves_with_path(params)}
-    streams = {path: stream.Stream(p.shape, p.dtype, lambda start, stop, p=p: p[start:stop]) for path, p in flat.items()}
+    streams = {
+        path: stream.Stream(p.shape, p.dtype, lambda start, stop, p=p: p[start:stop]) for path, p in flat.items()
+    }
     stream.save(tmp_path / "run" / "checkpoints" / "0", streams, orbax.make_meta(config, step=0, tokenizer=""))
     convert.to_huggingface(tmp_path / "run", tmp_path / "exported", shard_bytes=shard_bytes, say=quiet)
     assert (len(list((tmp_path / "exported").glob("*.safetensors"))) > 1) == (shard_bytes < 10**9)
 
     tokens = rng.integers(0, 320, (2, 640), np.int32)
     positions = np.stack([np.arange(640), rng.permutation(640)]).astype(np.int32)  # natural and any other order
-    model, report = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "exported", dtype=torch.float32, output_loading_info=True)
+    model, report = transformers.AutoModelForCausalLM.from_pretrained(
+        tmp_path / "exported", dtype=torch.float32, output_loading_info=True
+    )
     assert not report["missing_keys"] and not report["unexpected_keys"] and not report["mismatched_keys"]
     with torch.no_grad():
         theirs = model(torch.from_numpy(tokens).long(), position_ids=torch.from_numpy(positions).long()).logits.numpy()
@@ -96,7 +109,9 @@ def test_model_saved_by_transformers(tmp_path, tie):
         tie_word_embeddings=tie, rope_theta=5e5, max_position_embeddings=1024,
     )  # fmt: skip
     torch.manual_seed(0)
-    transformers.Qwen3ForCausalLM(settings).to(torch.bfloat16).save_pretrained(tmp_path / "model", max_shard_size="300KB")
+    transformers.Qwen3ForCausalLM(settings).to(torch.bfloat16).save_pretrained(
+        tmp_path / "model", max_shard_size="300KB"
+    )
     assert len(list((tmp_path / "model").glob("*.safetensors"))) > 1
     tokens = np.random.default_rng(0).integers(0, 320, (2, 640), np.int32)
     positions = np.broadcast_to(np.arange(640, dtype=np.int32), (2, 640))

@@ -10,10 +10,10 @@ import subprocess
 import sys
 
 import jax
+import micro
 import numpy as np
 import pytest
 
-import micro
 from refusion_jax import step as steps_lib
 from refusion_jax import train as train_lib
 from refusion_jax.checkpoint import orbax
@@ -82,14 +82,18 @@ def records(folder, kind):
     """Records of metrics.jsonl without what depends on the clock."""
     timed = ("time", "tokens_per_second", "step_seconds", "input_wait")
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    return [{name: value for name, value in line.items() if name not in timed} for line in lines if line["kind"] == kind]
+    return [
+        {name: value for name, value in line.items() if name not in timed} for line in lines if line["kind"] == kind
+    ]
 
 
 def last_state(config, folder):
     """(step, next row, parameters, optimizer state) of the last checkpoint, on one device."""
     program = steps_lib.build(config, make_mesh(1, devices=jax.devices()[:1]), STEPS)
     model = orbax.make_meta(config.model, step=0, tokenizer="bytes")
-    state, next_row = orbax.Checkpoints(folder, config.keep_last, config.keep_best).restore(program.abstract_state, model)
+    state, next_row = orbax.Checkpoints(folder, config.keep_last, config.keep_best).restore(
+        program.abstract_state, model
+    )
     return int(state.step), next_row, jax.device_get(state.params), jax.device_get(state.opt_state)
 
 
@@ -197,7 +201,9 @@ def test_a_full_disk_stops_the_run_and_it_goes_on_later(config, uninterrupted, t
 
     monkeypatch.setattr(orbax.Checkpoints, "save", save)
     try:
-        with pytest.raises(UserError, match="(?i)could not be written.*last complete checkpoint is step 3|cannot write.*make room"):
+        with pytest.raises(
+            UserError, match="(?i)could not be written.*last complete checkpoint is step 3|cannot write.*make room"
+        ):
             train_lib.train(config, tmp_path)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
@@ -215,7 +221,9 @@ def test_numbers_that_are_not_finite_stop_the_run_before_it_saves(config, tmp_pa
     train_lib.train(config, tmp_path)
     monkeypatch.undo()
     before = last_state(config, tmp_path)
-    explosive = dataclasses.replace(config, optimizer=dataclasses.replace(config.optimizer, lr=1e30), checkpoint_every_steps=1)
+    explosive = dataclasses.replace(
+        config, optimizer=dataclasses.replace(config.optimizer, lr=1e30), checkpoint_every_steps=1
+    )
     with pytest.raises(UserError, match=f"Step 5: .*param_norm is inf.*the checkpoints in {tmp_path} are from before"):
         train_lib.train(explosive, tmp_path)
     assert orbax.steps_in(tmp_path)[-1] == 4
@@ -228,7 +236,11 @@ def test_a_poisoned_parameter_is_reported_with_the_term(config, tmp_path, monkey
 
     def build(*args):
         program = original(*args)
-        poison = lambda key: (lambda s: s.replace(params={**s.params, "embed": {"embedding": s.params["embed"]["embedding"].at[ord("1")].set(np.nan)}}))(program.init(key))
+        poison = lambda key: (
+            lambda s: s.replace(
+                params={**s.params, "embed": {"embedding": s.params["embed"]["embedding"].at[ord("1")].set(np.nan)}}
+            )
+        )(program.init(key))
         return dataclasses.replace(program, init=poison)
 
     monkeypatch.setattr(steps_lib, "build", build)
@@ -245,7 +257,9 @@ def test_only_the_term_that_is_not_finite_is_named():
 
 def test_a_run_of_another_model_is_not_continued(config, uninterrupted):
     other = dataclasses.replace(config, model=dataclasses.replace(config.model, hidden_size=32, num_layers=1))
-    with pytest.raises(UserError, match="hidden_size is 16 in the checkpoint and 32 here; num_layers is 2 in the checkpoint and 1 here"):
+    with pytest.raises(
+        UserError, match="hidden_size is 16 in the checkpoint and 32 here; num_layers is 2 in the checkpoint and 1 here"
+    ):
         train_lib.train(other, uninterrupted[0])
     assert len(records(uninterrupted[0], "train")) == STEPS
 
@@ -260,7 +274,19 @@ def test_a_run_of_another_model_is_not_continued(config, uninterrupted):
         ({"lora": {"rank": 2}}, "lora.rank is set but config.init_from is empty"),
         ({"init_from": "{tmp}"}, "{tmp} is no checkpoint"),
         ({"data": {"train": ()}}, "no data source"),
-        ({"model": {"vocab_size": 200, "logical_vocab_size": 200, "mask_token_id": None, "begin_token_id": None, "eos_token_id": None, "pad_token_id": None}}, "200"),
+        (
+            {
+                "model": {
+                    "vocab_size": 200,
+                    "logical_vocab_size": 200,
+                    "mask_token_id": None,
+                    "begin_token_id": None,
+                    "eos_token_id": None,
+                    "pad_token_id": None,
+                }
+            },
+            "200",
+        ),
         ({"model": {"mask_token_id": 7}}, "mask.* 7"),
     ],
     ids=str,
@@ -301,10 +327,26 @@ def test_bad_input_is_one_paragraph(arguments, message, repository, tmp_path, mo
 
 def test_command_trains_the_tiny_config(repository, tmp_path):
     """As a user starts it, with little data and two steps, on one device."""
-    settings = ["--config.data.train.0.size=300", "--config.data.evaluation.0.size=300", "--config.batch_size=2", "--config.log_every=1"]
-    command = [sys.executable, "-m", "refusion_jax.train", "--config", "configs/tiny.py:steps=2", "--workdir", tmp_path / "run", *settings]
+    settings = [
+        "--config.data.train.0.size=300",
+        "--config.data.evaluation.0.size=300",
+        "--config.batch_size=2",
+        "--config.log_every=1",
+    ]
+    command = [
+        sys.executable,
+        "-m",
+        "refusion_jax.train",
+        "--config",
+        "configs/tiny.py:steps=2",
+        "--workdir",
+        tmp_path / "run",
+        *settings,
+    ]
     environment = {**os.environ, "XLA_FLAGS": "--xla_backend_optimization_level=0"}
-    done = subprocess.run(list(map(str, command)), cwd=repository, env=environment, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(
+        list(map(str, command)), cwd=repository, env=environment, capture_output=True, text=True, timeout=300
+    )
     assert done.returncode == 0, done.stderr
     for expected in ("step 1/2", "step 2/2", "compiled the step in", "step 2 evaluation: loss", "is at step 2"):
         assert expected in done.stdout

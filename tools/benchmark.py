@@ -1,7 +1,7 @@
 """Measures what the project does on the devices at hand.
 
-    python tools/benchmark.py train --config configs/tiny.py --remat none,full
-    python tools/benchmark.py decode --help
+python tools/benchmark.py train --config configs/tiny.py --remat none,full
+python tools/benchmark.py decode --help
 """
 
 import importlib

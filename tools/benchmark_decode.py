@@ -66,7 +66,9 @@ def bandwidth() -> float:
 
 def bytes_per_forward(params: dict, model: ModelConfig, batch: int, context: float) -> float:
     """What a forward cannot help reading: every weight (of an untied embedding only some rows) and `context` cache entries a row."""
-    weights = sum(x.nbytes for x in jax.tree.leaves(params)) - (0 if model.tie_embeddings else params["embed"]["embedding"].nbytes)
+    weights = sum(x.nbytes for x in jax.tree.leaves(params)) - (
+        0 if model.tie_embeddings else params["embed"]["embedding"].nbytes
+    )
     entry = 2 * model.num_layers * model.num_kv_heads * model.head_dim * jnp.dtype(model.dtype).itemsize
     return weights + batch * context * entry
 
@@ -77,19 +79,33 @@ class Case:
     `prompts` are decoded `batch` at a time; their number is a multiple of it.
     """
 
-    def __init__(self, params: dict, model: ModelConfig, config: SamplerConfig, prompts: list[list[int]], batch: int, mesh: Mesh):
+    def __init__(
+        self, params: dict, model: ModelConfig, config: SamplerConfig, prompts: list[list[int]], batch: int, mesh: Mesh
+    ):
         check_prompts(prompts, model, config)
-        self.params, self.model, self.config, self.prompts, self.batch, self.mesh = params, model, config, prompts, batch, mesh
+        self.params, self.model, self.config, self.prompts, self.batch, self.mesh = (
+            params,
+            model,
+            config,
+            prompts,
+            batch,
+            mesh,
+        )
         self.sampler = batching.make_sampler(model, config, batch)
         self.room = batching.bucket(max(map(len, prompts)))
         self.cache_length = self.room + config.length + self.sampler.window
         self.together = mesh.shape["data"] * mesh.shape["fsdp"]  # prompts of a prefill
         if batch % self.together:
-            raise UserError(f"A batch of {batch} does not spread over the {self.together} devices of data x fsdp; change --batch or --mesh.")
+            raise UserError(
+                f"A batch of {batch} does not spread over the {self.together} devices of data x fsdp; change --batch "
+                "or --mesh."
+            )
         with sharding.use(mesh, sharding.DECODE_RULES):
             state = jax.block_until_ready(self.prefilled(prompts[:batch], Settings.of(config)))  # compiles the prefill
             start = time.perf_counter()
-            self.loop = batching.run.lower(self.sampler, params, state, Settings.of(config), jnp.int32(0), jnp.int32(0)).compile()
+            self.loop = batching.run.lower(
+                self.sampler, params, state, Settings.of(config), jnp.int32(0), jnp.int32(0)
+            ).compile()
             self.compile_seconds = time.perf_counter() - start
         self.cache_bytes = state.cache.k.nbytes + state.cache.v.nbytes
         self.temporary_bytes = self.loop.memory_analysis().temp_size_in_bytes
@@ -117,11 +133,16 @@ class Case:
                 start = time.perf_counter()
                 state = jax.block_until_ready(self.prefilled(self.prompts[first : first + self.batch], settings))
                 middle = time.perf_counter()
-                state, _ = jax.block_until_ready(self.loop(self.params, state, settings, jnp.int32(2**30), jnp.int32(self.batch)))
+                state, _ = jax.block_until_ready(
+                    self.loop(self.params, state, settings, jnp.int32(2**30), jnp.int32(self.batch))
+                )
                 prefill_seconds += middle - start
                 loop_seconds += time.perf_counter() - middle
                 rows = jax.device_get({name: getattr(state.rows, name) for name in names})
-                answers += [Generation.of(first + i, {name: x[i] for name, x in rows.items()}, self.model.eos_token_id) for i in range(self.batch)]
+                answers += [
+                    Generation.of(first + i, {name: x[i] for name, x in rows.items()}, self.model.eos_token_id)
+                    for i in range(self.batch)
+                ]
         return answers, prefill_seconds, loop_seconds
 
     def seconds_per_forward(self, steps: int) -> float:
@@ -131,7 +152,9 @@ class Case:
             state = jax.block_until_ready(self.prefilled(self.prompts[: self.batch], settings))
             for _ in range(3):
                 start = time.perf_counter()
-                state, _ = jax.block_until_ready(self.loop(self.params, state, settings, jnp.int32(steps), jnp.int32(self.batch + 1)))
+                state, _ = jax.block_until_ready(
+                    self.loop(self.params, state, settings, jnp.int32(steps), jnp.int32(self.batch + 1))
+                )
                 taken.append((time.perf_counter() - start) / steps)
         return statistics.median(taken)
 
@@ -142,7 +165,11 @@ def tokens_per_forward(answers: Sequence[Generation]) -> float:
 
 def calibrate(case: Case, wanted: float, runs: int = 8) -> float:
     """The token_threshold at which random weights come closest to `wanted` tokens per forward."""
-    low, high, best = -20.0, 0.0, (float("inf"), 1.0)  # of its logarithm: probabilities of random weights lie around 1 / vocabulary
+    low, high, best = (
+        -20.0,
+        0.0,
+        (float("inf"), 1.0),
+    )  # of its logarithm: probabilities of random weights lie around 1 / vocabulary
     for _ in range(runs):
         middle = (low + high) / 2
         answers, *_ = case.decode(float(np.exp(middle)))
@@ -203,12 +230,32 @@ def table(results: list[dict[str, Any]]) -> str:
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     generate.add_model_arguments(parser, required=False)
-    parser.add_argument("--config", metavar="FILE[:NAME=VALUE,...]", help="instead of --checkpoint: random weights of this config's model")
+    parser.add_argument(
+        "--config",
+        metavar="FILE[:NAME=VALUE,...]",
+        help="instead of --checkpoint: random weights of this config's model",
+    )
     parser.add_argument("--batch", default="1,8,32", metavar="N,..", help="batch sizes; default 1,8,32")
-    parser.add_argument("--prompt-length", type=int, default=0, metavar="N", help="random prompts of this length; default: held-out ones of the run, else 128")
-    parser.add_argument("--tokens-per-forward", type=float, default=2.0, metavar="X", help="with --config: what acceptance is set to; default 2")
-    parser.add_argument("--prompts", type=int, default=0, metavar="N", help="how many are decoded; default: the largest batch")
-    parser.add_argument("--steps", type=int, default=16, metavar="N", help="forwards that the time of one is taken from; default 16")
+    parser.add_argument(
+        "--prompt-length",
+        type=int,
+        default=0,
+        metavar="N",
+        help="random prompts of this length; default: held-out ones of the run, else 128",
+    )
+    parser.add_argument(
+        "--tokens-per-forward",
+        type=float,
+        default=2.0,
+        metavar="X",
+        help="with --config: what acceptance is set to; default 2",
+    )
+    parser.add_argument(
+        "--prompts", type=int, default=0, metavar="N", help="how many are decoded; default: the largest batch"
+    )
+    parser.add_argument(
+        "--steps", type=int, default=16, metavar="N", help="forwards that the time of one is taken from; default 16"
+    )
     parser.add_argument("--json", type=pathlib.Path, metavar="FILE", help="write the figures there too")
     generate.add_sampler_arguments(parser)
     arguments = parser.parse_args(argv)
@@ -220,14 +267,24 @@ def main(argv: Sequence[str] | None = None) -> None:
     except ValueError:
         batches = [0]
     if min(*batches, arguments.steps, 1) < 1:
-        raise UserError(f"--batch is {arguments.batch!r} and --steps {arguments.steps}; give numbers of at least 1, such as --batch 1,8,32.")
+        raise UserError(
+            f"--batch is {arguments.batch!r} and --steps {arguments.steps}; give numbers of at least 1, such as "
+            "--batch 1,8,32."
+        )
     count = arguments.prompts or max(batches)
     if any(count % batch for batch in batches):
-        raise UserError(f"--prompts {count} is not a multiple of every batch size in --batch {arguments.batch}; batches are decoded whole.")
+        raise UserError(
+            f"--prompts {count} is not a multiple of every batch size in --batch {arguments.batch}; batches are "
+            "decoded whole."
+        )
 
     if arguments.config:
         model = load_config(arguments.config).model
-        model = dataclasses.replace(model, dtype=arguments.dtype or model.dtype, eos_token_id=0 if model.eos_token_id is None else model.eos_token_id)
+        model = dataclasses.replace(
+            model,
+            dtype=arguments.dtype or model.dtype,
+            eos_token_id=0 if model.eos_token_id is None else model.eos_token_id,
+        )
         model = dataclasses.replace(model, mask_token_id=1 if model.mask_token_id is None else model.mask_token_id)
         mesh = generate.parse_mesh(arguments.mesh)
         decoder = generate.Decoder(random_params(model, mesh), model, tokenizer=None, mesh=mesh)
@@ -242,7 +299,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         prompts = decoder.tokenizer.encode_prompts((queries * count)[:count])
 
     device, rate = jax.devices()[0], bandwidth()
-    print(f"{decoder.mesh.size} x {device.device_kind}, {rate / 1e9:.1f} GB/s measured in a copy; {model.num_params():,} parameters in {model.dtype}")
+    print(
+        f"{decoder.mesh.size} x {device.device_kind}, {rate / 1e9:.1f} GB/s measured in a copy; "
+        f"{model.num_params():,} parameters in {model.dtype}"
+    )
     speculations = [arguments.speculate] if arguments.speculate else ["off", "on"]
     results, threshold = [], None
     for batch in batches:
@@ -252,15 +312,32 @@ def main(argv: Sequence[str] | None = None) -> None:
             config = generate.settings_of(arguments, decoder, method=method, speculate=speculate)
             case = Case(decoder.params, model, config, prompts, batch, decoder.mesh)
             if threshold is None and method == "plan_and_infill":
-                threshold = calibrate(case, arguments.tokens_per_forward) if arguments.config else config.token_threshold
+                threshold = (
+                    calibrate(case, arguments.tokens_per_forward) if arguments.config else config.token_threshold
+                )
                 print(f"token_threshold {threshold:.3g}", flush=True)
             result = measure(case, threshold or 0.0, arguments.steps, rate)
             results.append(result)
-            print("batch {batch}, {method} {speculate}: {tokens_per_second:.1f} tokens/s, {ms_per_forward:.2f} ms per forward".format(**result), flush=True)
-    same = all(a["answers"] == b["answers"] for a, b in itertools.combinations(results, 2) if (a["batch"], a["method"]) == (b["batch"], b["method"]))
+            print(
+                "batch {batch}, {method} {speculate}: {tokens_per_second:.1f} tokens/s, {ms_per_forward:.2f} ms per forward".format(
+                    **result
+                ),
+                flush=True,
+            )
+    same = all(
+        a["answers"] == b["answers"]
+        for a, b in itertools.combinations(results, 2)
+        if (a["batch"], a["method"]) == (b["batch"], b["method"])
+    )
     print(table(results))
     print(f"speculation left every token as it was: {'yes' if same else 'NO'}")
     if arguments.json:
         for result in results:
             del result["answers"]
-        arguments.json.write_text(json.dumps({"device": device.device_kind, "bytes_per_second": rate, "same_tokens": same, "results": results}, indent=1) + "\n")
+        arguments.json.write_text(
+            json.dumps(
+                {"device": device.device_kind, "bytes_per_second": rate, "same_tokens": same, "results": results},
+                indent=1,
+            )
+            + "\n"
+        )

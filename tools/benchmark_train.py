@@ -42,7 +42,14 @@ def synthetic_rows(config: Config, examples: int = 20000) -> pipeline.Rows:
     tokens = rng.integers(0, config.model.logical_vocab_size - 2, offsets[-1], np.int32)
     cache = TokenCache(tokens, offsets, (lengths // 4).astype(np.int32), np.zeros(examples, np.uint64))
     part = pipeline.Part("synthetic", cache, np.arange(examples), 0, 1.0)
-    return pipeline.Rows([part], max_length=config.data.max_length, max_examples_per_row=config.data.max_examples_per_row, seed=0, shuffle=True, pad_id=0)
+    return pipeline.Rows(
+        [part],
+        max_length=config.data.max_length,
+        max_examples_per_row=config.data.max_examples_per_row,
+        seed=0,
+        shuffle=True,
+        pad_id=0,
+    )
 
 
 def seconds_of(run: Callable[[], object], times: int = 5) -> float:
@@ -69,7 +76,9 @@ def measure(config: Config, rows: pipeline.Rows, steps: int, profile: pathlib.Pa
     mesh = make_mesh(**dataclasses.asdict(config.mesh))
     program = steps_lib.build(config, mesh, steps=1000)
     state = program.init(jax.random.key(0))
-    batches = pipeline.batches(rows, batch_size=config.batch_size, local_rows=local_rows(program.batch_sharding, config.batch_size))
+    batches = pipeline.batches(
+        rows, batch_size=config.batch_size, local_rows=local_rows(program.batch_sharding, config.batch_size)
+    )
     fetch = lambda: to_devices(next(batches), program.batch_sharding, config.batch_size)
     batch = fetch()
     start = time.perf_counter()
@@ -145,13 +154,19 @@ def torch_seconds(config: Config) -> dict[str, float]:
         import torch
         import transformers
     except ImportError as error:
-        raise UserError(f"--torch needs PyTorch and transformers ({error}); pip install 'refusion_jax[torch]'.") from error
+        raise UserError(
+            f"--torch needs PyTorch and transformers ({error}); pip install 'refusion_jax[torch]'."
+        ) from error
     from refusion_jax.model.config import to_huggingface
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     settings = transformers.Qwen3Config.from_dict(to_huggingface(config.model))
-    model = transformers.AutoModelForCausalLM.from_config(settings, attn_implementation="sdpa").to(device, torch.bfloat16)
-    tokens = torch.randint(0, config.model.logical_vocab_size, (config.batch_size, config.data.max_length), device=device)
+    model = transformers.AutoModelForCausalLM.from_config(settings, attn_implementation="sdpa").to(
+        device, torch.bfloat16
+    )
+    tokens = torch.randint(
+        0, config.model.logical_vocab_size, (config.batch_size, config.data.max_length), device=device
+    )
 
     def timed(run: Callable[[], object]) -> float:
         taken = []
@@ -193,11 +208,17 @@ def main() -> None:
     parser.add_argument("--batch", type=listed(int), metavar="N,..", help="rows per step (default: the config's)")
     parser.add_argument("--length", type=listed(int), metavar="N,..", help="tokens per row (default: the config's)")
     parser.add_argument("--remat", type=listed(str), metavar="NAME,..", help="remat policies (default: the config's)")
-    parser.add_argument("--attention", type=listed(str), metavar="NAME,..", help="attention implementations (default: the config's)")
+    parser.add_argument(
+        "--attention", type=listed(str), metavar="NAME,..", help="attention implementations (default: the config's)"
+    )
     parser.add_argument("--steps", type=int, default=10, help="steps that are timed")
     parser.add_argument("--synthetic", action="store_true", help="random tokens instead of the config's data")
-    parser.add_argument("--torch", action="store_true", help="time a plain PyTorch Hugging Face model of the same size too")
-    parser.add_argument("--profile", type=pathlib.Path, metavar="FOLDER", help="write a trace of each line's steps there")
+    parser.add_argument(
+        "--torch", action="store_true", help="time a plain PyTorch Hugging Face model of the same size too"
+    )
+    parser.add_argument(
+        "--profile", type=pathlib.Path, metavar="FOLDER", help="write a trace of each line's steps there"
+    )
     parser.add_argument("--json", type=pathlib.Path, metavar="FILE", help="write the figures there too")
     arguments, config = parse_config(parser)
     if config.model.mask_token_id is None or not arguments.synthetic:
@@ -205,7 +226,10 @@ def main() -> None:
 
     device = jax.devices()[0]
     matmul = matmul_rate() if device.platform != "cpu" else None
-    print(f"{jax.device_count()} x {device.device_kind}" + (f", {matmul / 1e12:.0f} TFLOP/s measured in a bfloat16 matrix product" if matmul else ""))
+    print(
+        f"{jax.device_count()} x {device.device_kind}"
+        + (f", {matmul / 1e12:.0f} TFLOP/s measured in a bfloat16 matrix product" if matmul else "")
+    )
     results = []
     choices = [arguments.batch or [config.batch_size], arguments.length or [config.data.max_length]]
     choices += [arguments.remat or [config.model.remat], arguments.attention or [config.model.attention]]
@@ -219,7 +243,9 @@ def main() -> None:
         else:
             options = dict(max_length=length, max_examples_per_row=config.data.max_examples_per_row, seed=config.seed)
             cache = config.data.cache_dir or "runs/benchmark-cache"
-            rows = pipeline.load_rows(config.data.train, load_tokenizer(config.data.tokenizer), cache_dir=cache, **options)
+            rows = pipeline.load_rows(
+                config.data.train, load_tokenizer(config.data.tokenizer), cache_dir=cache, **options
+            )
         profile = arguments.profile and arguments.profile / f"batch{batch}-length{length}-{remat}-{attention}"
         result = measure(case, rows, arguments.steps, profile) | {"input": input_rate(rows, batch)}
         if matmul:
@@ -230,7 +256,17 @@ def main() -> None:
         print(f"batch {batch}, length {length}, {remat}, {attention}: step {result['step_seconds']:.4f} s, {result['tokens_per_second']:.0f} useful tokens/s; "
               f"input pipeline alone {result['input']['examples_per_second']:.0f} examples/s, {result['input']['tokens_per_second']:.0f} tokens/s", flush=True)  # fmt: skip
         if arguments.torch:
-            print(f"  PyTorch: loss {result['torch']['forward_seconds']:.4f} s (here {result['forward_seconds']:.4f} s), with gradients {result['torch']['gradient_seconds']:.4f} s (here, with the optimizer, {result['step_seconds']:.4f} s)")
+            print(
+                f"  PyTorch: loss {result['torch']['forward_seconds']:.4f} s (here {result['forward_seconds']:.4f} "
+                f"s), with gradients {result['torch']['gradient_seconds']:.4f} s (here, with the optimizer, "
+                f"{result['step_seconds']:.4f} s)"
+            )
     print(table(results))
     if arguments.json:
-        arguments.json.write_text(json.dumps({"device": device.device_kind, "devices": jax.device_count(), "matmul": matmul, "results": results}, indent=1) + "\n")
+        arguments.json.write_text(
+            json.dumps(
+                {"device": device.device_kind, "devices": jax.device_count(), "matmul": matmul, "results": results},
+                indent=1,
+            )
+            + "\n"
+        )

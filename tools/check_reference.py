@@ -41,7 +41,9 @@ def differs(name: str, ours: float, theirs: float, relative: float) -> list[str]
 def check_logits(config: ModelConfig, params: dict, path: pathlib.Path) -> tuple[int, int, list[str]]:
     """(cases, equal ones, mismatches): natural and permuted position order."""
     data = np.load(path)
-    forward = jax.jit(lambda p, tokens, positions: logits(config, p, Qwen3(config).apply({"params": p}, tokens, positions)))
+    forward = jax.jit(
+        lambda p, tokens, positions: logits(config, p, Qwen3(config).apply({"params": p}, tokens, positions))
+    )
     problems = []
     kinds = [("positions", "logits"), ("permuted_positions", "logits_permuted")]
     for positions, name in kinds:
@@ -76,8 +78,13 @@ def check_losses(config: ModelConfig, params: dict, path: pathlib.Path) -> tuple
     def loss(params: dict, inputs: Denoising):
         def total(params: dict):
             hidden = Qwen3(config).apply({"params": params}, inputs.tokens, inputs.positions, inputs.segment_ids)
-            losses = token_loss(hidden, output_table(params), inputs.targets, logical_vocab_size=config.logical_vocab_size, chunk=64)
-            means = {name: numerator(term, losses.cross_entropy) / jnp.maximum(term.denominator, 1) for name, term in inputs.terms.items()}
+            losses = token_loss(
+                hidden, output_table(params), inputs.targets, logical_vocab_size=config.logical_vocab_size, chunk=64
+            )
+            means = {
+                name: numerator(term, losses.cross_entropy) / jnp.maximum(term.denominator, 1)
+                for name, term in inputs.terms.items()
+            }
             return means["ar"] + means["mdm"], (means, logits(config, params, hidden[:1]))
 
         (value, (means, first)), grads = jax.value_and_grad(total, has_aux=True)(params)
@@ -103,7 +110,9 @@ def check_losses(config: ModelConfig, params: dict, path: pathlib.Path) -> tuple
     return len(batches), equal, problems
 
 
-def check_decode(config: ModelConfig, params: dict, path: pathlib.Path, speculate: str = "off") -> tuple[int, int, list[str]]:
+def check_decode(
+    config: ModelConfig, params: dict, path: pathlib.Path, speculate: str = "off"
+) -> tuple[int, int, list[str]]:
     """(prompts, equal ones, mismatches): response, commit order and, without speculation, forward passes."""
     if jax.default_backend() == "cpu":  # compiling takes far longer than running
         jax.config.update("jax_disable_most_optimizations", True)
@@ -116,7 +125,9 @@ def check_decode(config: ModelConfig, params: dict, path: pathlib.Path, speculat
         setting = dict(setting)
         sampler = SamplerConfig(blocks=setting.pop("serial_num_blocks"), **setting, speculate=speculate)
         report = Report()
-        answers = generate(params, config, sampler, [case["prompt"] for _, case in members], batch_size=16, report=report)
+        answers = generate(
+            params, config, sampler, [case["prompt"] for _, case in members], batch_size=16, report=report
+        )
         widest = max(widest, report.window)
         for (number, case), answer in zip(members, answers, strict=True):
             order = [len(case["prompt"]) + offset for offset in answer.order]
@@ -125,7 +136,9 @@ def check_decode(config: ModelConfig, params: dict, path: pathlib.Path, speculat
                 compared["forwards"] = (answer.forwards, case["forwards"])
             for name, (ours, theirs) in compared.items():
                 if ours != theirs:
-                    problems.setdefault(number, []).append(f"{path.name} line {number}, {name}: {ours}, reference {theirs}")
+                    problems.setdefault(number, []).append(
+                        f"{path.name} line {number}, {name}: {ours}, reference {theirs}"
+                    )
             forwards += answer.forwards
             forwarded += answer.tokens_forwarded
     print(f"speculate={speculate}: {forwards} forward passes of {forwarded} tokens, windows of up to {widest}")
@@ -137,11 +150,19 @@ def main() -> None:
     parser.add_argument("folder", type=pathlib.Path, metavar="DIR")
     parser.add_argument("--checkpoint", type=pathlib.Path, help="take the parameters from here instead of DIR/model")
     parser.add_argument("--mesh", default="1,1,1", help="data,fsdp,tensor")
-    parser.add_argument("--speculate", default="off", choices=["off", "on", "auto"], help="for decode.jsonl; other than off, forward passes are not compared")
+    parser.add_argument(
+        "--speculate",
+        default="off",
+        choices=["off", "on", "auto"],
+        help="for decode.jsonl; other than off, forward passes are not compared",
+    )
     arguments = parser.parse_args()
     folder = arguments.folder
     if not (folder / "model").is_dir():
-        raise UserError(f"{folder} has no folder 'model' beside its reference data; give a folder in the layout of tests/reference/tiny.")
+        raise UserError(
+            f"{folder} has no folder 'model' beside its reference data; give a folder in the layout of "
+            "tests/reference/tiny."
+        )
     source = arguments.checkpoint or folder / "model"
     config = dataclasses.replace(load.load_model_config(source), dtype="float32", attention="xla")
     mesh = parse_mesh(arguments.mesh)

@@ -74,7 +74,10 @@ def topology_devices(name: str, slices: int = 1) -> list:
     if name == "local":
         return jax.devices()
     if not re.fullmatch(r"v[\w]+:\d+(x\d+){1,2}|tpu7x:\d+x\d+x\d+", name):
-        raise UserError(f"Topology {name!r} is not of the form GENERATION:CHIPSxCHIPS, such as v5e:16x16, v5p:4x4x4, v6e:8x8 or tpu7x:4x4x4; or give local.")
+        raise UserError(
+            f"Topology {name!r} is not of the form GENERATION:CHIPSxCHIPS, such as v5e:16x16, v5p:4x4x4, v6e:8x8 or "
+            "tpu7x:4x4x4; or give local."
+        )
     one_host = {"v5e:1x1": (1, 1, 1), "v6e:1x1": (1, 1, 1)}.get(name)
     try:
         options = {"num_slices": slices} if slices > 1 else {}
@@ -82,9 +85,13 @@ def topology_devices(name: str, slices: int = 1) -> list:
         return topologies.get_topology_desc(platform="tpu", topology_name=name, **options).devices
     except Exception as error:  # libtpu has no types for these
         if "libtpu" in str(error) or isinstance(error, NotImplementedError):
-            raise UserError("Compiling for TPUs needs libtpu, which cannot be loaded here; pip install 'refusion_jax[tpu]' (on Linux).") from error
+            raise UserError(
+                "Compiling for TPUs needs libtpu, which cannot be loaded here; pip install 'refusion_jax[tpu]' (on "
+                "Linux)."
+            ) from error
         raise UserError(
-            f"There is no TPU topology {name!r} ({str(error).splitlines()[0]}). Examples: v5e:2x2 to v5e:16x16, v5p:2x2x1 to v5p:8x16x16, v6e:2x2 to v6e:16x16, tpu7x:4x4x4."
+            f"There is no TPU topology {name!r} ({str(error).splitlines()[0]}). Examples: v5e:2x2 to v5e:16x16, "
+            "v5p:2x2x1 to v5p:8x16x16, v6e:2x2 to v6e:16x16, tpu7x:4x4x4."
         ) from error
 
 
@@ -96,7 +103,9 @@ def train_program(config: Config, mesh: Mesh) -> tuple[jax.stages.Lowered, Work]
     rows, length = config.batch_size, config.data.max_length
     array = lambda shape, dtype: jax.ShapeDtypeStruct((rows, shape), dtype, sharding=program.batch_sharding)
     examples = config.data.max_examples_per_row or EXAMPLES_PER_ROW
-    batch = PackedBatch(array(length, jnp.int32), array(examples, jnp.int32), array(examples, jnp.int32), array(examples, jnp.uint32))
+    batch = PackedBatch(
+        array(length, jnp.int32), array(examples, jnp.int32), array(examples, jnp.int32), array(examples, jnp.uint32)
+    )
     tokens, pairs = rows * length, rows * length * (length + 1) / 2
     needed = flops.train_flops(config.model, tokens, pairs)
     again = flops.recomputed_flops(config.model, tokens, pairs)
@@ -105,11 +114,16 @@ def train_program(config: Config, mesh: Mesh) -> tuple[jax.stages.Lowered, Work]
     return program.train.lower(program.abstract_state, batch), Work(tokens, needed, (needed + again) / mesh.size, moved)
 
 
-def decode_program(config: Config, mesh: Mesh, sampler_config: SamplerConfig, batch: int, prompt_length: int) -> tuple[jax.stages.Lowered, Work]:
+def decode_program(
+    config: Config, mesh: Mesh, sampler_config: SamplerConfig, batch: int, prompt_length: int
+) -> tuple[jax.stages.Lowered, Work]:
     """The decoding loop over `batch` rows with prompts of up to `prompt_length` tokens, and the work of one forward pass."""
     shards = mesh.shape["data"] * mesh.shape["fsdp"]
     if batch % shards:
-        raise UserError(f"--batch {batch} does not split over the mesh's data x fsdp = {shards} devices. Set --config.mesh.fsdp=1 --config.mesh.tensor=-1, or take a multiple.")
+        raise UserError(
+            f"--batch {batch} does not split over the mesh's data x fsdp = {shards} devices. Set --config.mesh.fsdp=1 "
+            "--config.mesh.tensor=-1, or take a multiple."
+        )
     model = config.model
     with sharding.use(mesh, sharding.DECODE_RULES):
         sampler = batching.make_sampler(model, sampler_config, batch)
@@ -123,7 +137,9 @@ def decode_program(config: Config, mesh: Mesh, sampler_config: SamplerConfig, ba
     cache = NamedSharding(mesh, PartitionSpec(None, ("data", "fsdp"), "tensor"))
     state = jax.eval_shape(lambda: sampler.empty(batch, cache_length))
     state = State(
-        cache=KVCache(k=place(state.cache.k, cache), v=place(state.cache.v, cache), length=place(state.cache.length, rows)),
+        cache=KVCache(
+            k=place(state.cache.k, cache), v=place(state.cache.v, cache), length=place(state.cache.length, rows)
+        ),
         rows=jax.tree.map(lambda a: place(a, rows), state.rows),
     )
     everywhere = sharding.replicated(mesh)
@@ -132,8 +148,16 @@ def decode_program(config: Config, mesh: Mesh, sampler_config: SamplerConfig, ba
     with sharding.use(mesh, sharding.DECODE_RULES):
         lowered = batching.run.lower(sampler, weights, state, settings, scalar, scalar)
     tokens = batch * sampler.window
-    needed = 2 * flops.matmul_params(model) * tokens + 4 * model.num_layers * model.num_heads * model.head_dim * tokens * cache_length
-    return lowered, Work(tokens, needed, needed / mesh.size, roofline.decode_bytes(model, batch / shards, cache_length, mesh.shape["tensor"]))
+    needed = (
+        2 * flops.matmul_params(model) * tokens
+        + 4 * model.num_layers * model.num_heads * model.head_dim * tokens * cache_length
+    )
+    return lowered, Work(
+        tokens,
+        needed,
+        needed / mesh.size,
+        roofline.decode_bytes(model, batch / shards, cache_length, mesh.shape["tensor"]),
+    )
 
 
 def compile_program(lowered: jax.stages.Lowered, where: str) -> tuple[jax.stages.Compiled, float]:
@@ -166,7 +190,10 @@ def shardings(config: ModelConfig) -> str:
     """A line for every parameter: path, shape, and the mesh axis of each dimension in training and in decoding."""
     shapes = jax.tree_util.tree_leaves_with_path(nn.unbox(sharding.abstract_params(config)))
     is_spec = lambda x: isinstance(x, PartitionSpec)
-    specs = [jax.tree.leaves(sharding.param_specs(config, rules), is_leaf=is_spec) for rules in (sharding.TRAIN_RULES, sharding.DECODE_RULES)]
+    specs = [
+        jax.tree.leaves(sharding.param_specs(config, rules), is_leaf=is_spec)
+        for rules in (sharding.TRAIN_RULES, sharding.DECODE_RULES)
+    ]
     show = lambda axes, rank: " x ".join(str(axis or ".") for axis in (*axes, *[None] * (rank - len(axes))))
     rows = [
         ["/".join(key.key for key in path), " x ".join(map(str, a.shape)), show(train, a.ndim), show(decode, a.ndim)]
@@ -190,7 +217,10 @@ def report(compiled: jax.stages.Compiled, mesh: Mesh, work: Work) -> dict:
         "mesh": dict(mesh.shape),
         "argument_bytes": memory.argument_size_in_bytes,
         "temporary_bytes": memory.temp_size_in_bytes,
-        "peak_bytes": memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes + memory.temp_size_in_bytes,
+        "peak_bytes": memory.argument_size_in_bytes
+        + memory.output_size_in_bytes
+        - memory.alias_size_in_bytes
+        + memory.temp_size_in_bytes,
         "chip_bytes": chip.memory if chip else None,
         "collectives": summary(collectives),
         "tokens": work.tokens,
@@ -232,14 +262,28 @@ def describe(result: dict) -> str:
     memory = f"arguments {gib(result['argument_bytes'])}, temporaries {gib(result['temporary_bytes'])}, peak {gib(result['peak_bytes'])}"
     if result["chip_bytes"]:
         spare = result["chip_bytes"] - result["peak_bytes"]
-        memory += f" of {gib(result['chip_bytes'])}: " + (f"fits, {gib(spare)} to spare" if spare >= 0 else f"does not fit, {gib(-spare)} are missing")
+        memory += f" of {gib(result['chip_bytes'])}: " + (
+            f"fits, {gib(spare)} to spare" if spare >= 0 else f"does not fit, {gib(-spare)} are missing"
+        )
     lines.append(f"memory per device: {memory}")
     lines.append("sent by each device" + (":" if result["collectives"] else ": nothing"))
-    lines += [f"  {row['kind']:<20}{' x '.join(row['axes']):<18}{row['runs']:>7} runs {row['bytes'] / 1e9:>10.3f} GB{' between slices' * row['between_slices']}{' (in a branch)' * row['conditional']}" for row in result["collectives"]]
-    lines.append(f"work: {result['model_flops']:.3g} FLOP for {result['tokens']:.0f} tokens; each device {result['device_flops']:.3g} FLOP, {result['device_bytes'] / 1e9:.1f} GB of memory traffic (formula)")
+    lines += [
+        f"  {row['kind']:<20}{' x '.join(row['axes']):<18}{row['runs']:>7} runs {row['bytes'] / 1e9:>10.3f} "
+        f"GB{' between slices' * row['between_slices']}{' (in a branch)' * row['conditional']}"
+        for row in result["collectives"]
+    ]
+    lines.append(
+        f"work: {result['model_flops']:.3g} FLOP for {result['tokens']:.0f} tokens; each device "
+        f"{result['device_flops']:.3g} FLOP, {result['device_bytes'] / 1e9:.1f} GB of memory traffic (formula)"
+    )
     if result["seconds"]:
-        seconds = ", ".join(f"{name} {result['seconds'][name] * 1e3:.1f} ms" for name in ("compute", "memory", "interconnect"))
-        lines.append(f"at least {result['seconds']['step'] * 1e3:.1f} ms, limited by {result['seconds']['limit']} ({seconds}); at most {result['tokens_per_second']:.3g} tokens/s, MFU {result['mfu_bound']:.2f}")
+        seconds = ", ".join(
+            f"{name} {result['seconds'][name] * 1e3:.1f} ms" for name in ("compute", "memory", "interconnect")
+        )
+        lines.append(
+            f"at least {result['seconds']['step'] * 1e3:.1f} ms, limited by {result['seconds']['limit']} ({seconds}); "
+            f"at most {result['tokens_per_second']:.3g} tokens/s, MFU {result['mfu_bound']:.2f}"
+        )
     lines.append(f"compiled in {result['compile_seconds']:.0f} s")
     return "\n".join(lines)
 
@@ -247,9 +291,15 @@ def describe(result: dict) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_config_arguments(parser)
-    parser.add_argument("--topology", default="local", help="such as v5p:4x4x4 (chips), or local: this machine's devices")
+    parser.add_argument(
+        "--topology", default="local", help="such as v5p:4x4x4 (chips), or local: this machine's devices"
+    )
     parser.add_argument("--slices", type=int, default=1, help="slices of that topology, joined by the network")
-    parser.add_argument("--decode", action="store_true", help="the decoding loop instead of the training step (GSM8K settings); figures are per forward pass")
+    parser.add_argument(
+        "--decode",
+        action="store_true",
+        help="the decoding loop instead of the training step (GSM8K settings); figures are per forward pass",
+    )
     parser.add_argument("--batch", type=int, default=32, help="rows to decode")
     parser.add_argument("--prompt-length", type=int, default=512, help="longest prompt to decode")
     parser.add_argument("--json", type=pathlib.Path, metavar="FILE", help="write the figures there too")
@@ -273,9 +323,17 @@ def main() -> None:
     else:
         lowered, work = train_program(config, mesh)
         settings = f"accumulation {config.accumulation}, remat {config.model.remat}"
-        program = f"training step of {arguments.config} ({config.batch_size} rows of {config.data.max_length}, {settings})"
+        program = (
+            f"training step of {arguments.config} ({config.batch_size} rows of {config.data.max_length}, {settings})"
+        )
     compiled, seconds = compile_program(lowered, where)
-    result = {"program": program, "settings": settings, "topology": where, "compile_seconds": seconds, **report(compiled, mesh, work)}
+    result = {
+        "program": program,
+        "settings": settings,
+        "topology": where,
+        "compile_seconds": seconds,
+        **report(compiled, mesh, work),
+    }
     print(describe(result))
     if arguments.json:
         arguments.json.write_text(json.dumps(result, indent=1) + "\n")

@@ -27,7 +27,14 @@ TRAIN = {
 DECODE = {
     f"8b-decode-{chip}-2x4-{batch}": f"--config configs/8b.py --topology {chip}:2x4 --decode --batch {batch} "
     f"--config.mesh.data={copies} --config.mesh.fsdp=1 --config.mesh.tensor=-1"
-    for chip, batch, copies in (("v5e", 1, 1), ("v5e", 32, 2), ("v5e", 256, 2), ("v6e", 1, 1), ("v6e", 32, 4), ("v6e", 256, 4))
+    for chip, batch, copies in (
+        ("v5e", 1, 1),
+        ("v5e", 32, 2),
+        ("v5e", 256, 2),
+        ("v6e", 1, 1),
+        ("v6e", 32, 4),
+        ("v6e", 256, 4),
+    )
 }
 
 
@@ -59,14 +66,29 @@ def cells(result: dict) -> list[str]:
 
 def table(results: list[dict], title: str) -> str:
     """Markdown."""
-    head = [title, "settings", "data x fsdp x tensor", "arguments, GiB", "temporaries, GiB", "peak, GiB", "sent, GB", "compute, ms", "memory, ms", "interconnect, ms", "limit", "MFU at most"]
+    head = [
+        title,
+        "settings",
+        "data x fsdp x tensor",
+        "arguments, GiB",
+        "temporaries, GiB",
+        "peak, GiB",
+        "sent, GB",
+        "compute, ms",
+        "memory, ms",
+        "interconnect, ms",
+        "limit",
+        "MFU at most",
+    ]
     rows = [[*cells(result), f"{result['mfu_bound']:.2f}"] for result in results]
     return "\n".join("| " + " | ".join(row) + " |" for row in [head, ["---"] * len(head), *rows])
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--again", action="append", default=[], metavar="NAME", choices=[*TRAIN, *DECODE], help="compile that one anew")
+    parser.add_argument(
+        "--again", action="append", default=[], metavar="NAME", choices=[*TRAIN, *DECODE], help="compile that one anew"
+    )
     arguments = parser.parse_args()
     for title, programs in (("training step", TRAIN), ("decoding, one forward", DECODE)):
         results = [compiled(name, line, name in arguments.again) for name, line in programs.items()]

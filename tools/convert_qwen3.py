@@ -24,21 +24,52 @@ def main() -> None:
         command = commands.add_parser(name)
         command.add_argument("source")
         command.add_argument("destination")
-        command.add_argument("--dtype", default="", choices=["", *convert.DTYPES], help="of the result; as in the source unless given")
+        command.add_argument(
+            "--dtype", default="", choices=["", *convert.DTYPES], help="of the result; as in the source unless given"
+        )
         command.add_argument("--dry-run", action="store_true", help="list what would be written, write nothing")
         if name == "to-orbax":
-            command.add_argument("--tokenizer", default="", help="'bytes', folder or name; the source's own unless given")
-            command.add_argument("--new-tokens", default="source", choices=["source", "mean"], help="rows of the begin and mask token: as they are, or the mean of the others")
-            command.add_argument("--vocab-rows", type=int, default=0, help="rows of the tables, if not as in the source (151680 lets a tensor axis of 8 divide the 151671 of the released ReFusion)")
+            command.add_argument(
+                "--tokenizer", default="", help="'bytes', folder or name; the source's own unless given"
+            )
+            command.add_argument(
+                "--new-tokens",
+                default="source",
+                choices=["source", "mean"],
+                help="rows of the begin and mask token: as they are, or the mean of the others",
+            )
+            command.add_argument(
+                "--vocab-rows",
+                type=int,
+                default=0,
+                help="rows of the tables, if not as in the source (151680 lets a tensor axis of 8 divide the 151671 of the released ReFusion)",
+            )
         else:
             command.add_argument("--step", type=int, default=None, help="of the checkpoint; the last unless given")
             command.add_argument("--shard-gb", type=float, default=4.0, help="largest file, in GB")
     args = parser.parse_args()
-    logging.set_verbosity(logging.FATAL)  # Orbax logs its threads' errors as tracebacks; they arrive here as one paragraph
+    logging.set_verbosity(
+        logging.FATAL
+    )  # Orbax logs its threads' errors as tracebacks; they arrive here as one paragraph
     if args.command == "to-orbax":
-        convert.to_orbax(args.source, args.destination, dtype=args.dtype, tokenizer=args.tokenizer, new_tokens=args.new_tokens, vocab_rows=args.vocab_rows, dry_run=args.dry_run)
+        convert.to_orbax(
+            args.source,
+            args.destination,
+            dtype=args.dtype,
+            tokenizer=args.tokenizer,
+            new_tokens=args.new_tokens,
+            vocab_rows=args.vocab_rows,
+            dry_run=args.dry_run,
+        )
     else:
-        convert.to_huggingface(args.source, args.destination, step=args.step, dtype=args.dtype, shard_bytes=int(args.shard_gb * 1e9), dry_run=args.dry_run)
+        convert.to_huggingface(
+            args.source,
+            args.destination,
+            step=args.step,
+            dtype=args.dtype,
+            shard_bytes=int(args.shard_gb * 1e9),
+            dry_run=args.dry_run,
+        )
 
 
 if __name__ == "__main__":

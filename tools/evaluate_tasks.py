@@ -24,7 +24,9 @@ from refusion_jax.sampling import SamplerConfig
 from refusion_jax.sampling.config import METHODS
 
 
-def solve(decoder: generate.Decoder, config: SamplerConfig, source: Source, chosen: Sequence[int], **options: Any) -> dict[str, Any]:
+def solve(
+    decoder: generate.Decoder, config: SamplerConfig, source: Source, chosen: Sequence[int], **options: Any
+) -> dict[str, Any]:
     """Exact match and counts over the examples `chosen` of a source."""
     queries = [source[i][0] for i in chosen]
     start, right, tokens, forwards, wrong = time.perf_counter(), 0, 0, 0, []
@@ -37,7 +39,12 @@ def solve(decoder: generate.Decoder, config: SamplerConfig, source: Source, chos
         tokens += len(answer.generation.tokens)
         forwards += answer.generation.forwards
         if sys.stderr.isatty():
-            print(f"\r{config.method} {done}/{len(queries)}: {right / done:.1%}\033[K", end="\n" if done == len(queries) else "", file=sys.stderr, flush=True)
+            print(
+                f"\r{config.method} {done}/{len(queries)}: {right / done:.1%}\033[K",
+                end="\n" if done == len(queries) else "",
+                file=sys.stderr,
+                flush=True,
+            )
     return {
         "task": source.name, "method": config.method, "examples": len(queries), "exact_match": right / len(queries), "tokens": tokens,
         "forwards": forwards, "tokens_per_forward": tokens / forwards, "seconds": time.perf_counter() - start, "wrong": wrong,
@@ -47,8 +54,12 @@ def solve(decoder: generate.Decoder, config: SamplerConfig, source: Source, chos
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     generate.add_model_arguments(parser)
-    parser.add_argument("--examples", type=int, default=100, metavar="N", help="most examples of each source; default 100, 0: all")
-    parser.add_argument("--json", type=pathlib.Path, metavar="FILE", help="write the figures and the wrong answers there too")
+    parser.add_argument(
+        "--examples", type=int, default=100, metavar="N", help="most examples of each source; default 100, 0: all"
+    )
+    parser.add_argument(
+        "--json", type=pathlib.Path, metavar="FILE", help="write the figures and the wrong answers there too"
+    )
     generate.add_batch_arguments(parser)
     generate.add_sampler_arguments(parser)
     arguments = parser.parse_args(argv)
@@ -62,16 +73,26 @@ def main(argv: Sequence[str] | None = None) -> None:
     for source in sources:
         chosen = list(itertools.islice(source.part(), arguments.examples or None))
         if not chosen:
-            raise UserError(f"{source.name} has no example in its part from {source.config.start} to {source.config.stop}; evaluate with a larger part or source.")
+            raise UserError(
+                f"{source.name} has no example in its part from {source.config.start} to {source.config.stop}; "
+                "evaluate with a larger part or source."
+            )
         # A longer answer than the longest right one is wrong anyway: no need to decode it.
         longest = max(len(decoder.tokenizer.encode(source[i][1])) + 1 for i in chosen)
         for method in [arguments.method] if arguments.method else METHODS:
             config = generate.settings_of(arguments, decoder, method=method, gen_length=arguments.gen_length or longest)
             results.append(solve(decoder, config, source, chosen, batch_size=arguments.batch_size, seed=arguments.seed))
 
-    print("| task | method | examples | exact match | tokens | forwards | tokens per forward | seconds |\n|---|---|---|---|---|---|---|---|")
+    print(
+        "| task | method | examples | exact match | tokens | forwards | tokens per forward | seconds "
+        "|\n|---|---|---|---|---|---|---|---|"
+    )
     for r in results:
-        print("| {task} | {method} | {examples} | {exact_match:.1%} | {tokens} | {forwards} | {tokens_per_forward:.2f} | {seconds:.1f} |".format(**r))
+        print(
+            "| {task} | {method} | {examples} | {exact_match:.1%} | {tokens} | {forwards} | {tokens_per_forward:.2f} | {seconds:.1f} |".format(
+                **r
+            )
+        )
     print("(seconds with compilation)")
     if arguments.json:
         try:

@@ -1,7 +1,7 @@
 """Says what is in a checkpoint, of a run, a conversion or in Hugging Face layout, without loading it.
 
-    python tools/inspect_checkpoint.py runs/tiny [--step 400] [--config]
-    python tools/inspect_checkpoint.py Qwen/Qwen3-0.6B
+python tools/inspect_checkpoint.py runs/tiny [--step 400] [--config]
+python tools/inspect_checkpoint.py Qwen/Qwen3-0.6B
 """
 
 import argparse
@@ -25,7 +25,11 @@ from refusion_jax.errors import UserError, run_main  # noqa: E402
 
 
 def size(count: float) -> str:
-    return next(f"{count / unit:.2f} {name}" for unit, name in ((1e9, "GB"), (1e6, "MB"), (1e3, "kB"), (1, "B")) if count >= unit or unit == 1)
+    return next(
+        f"{count / unit:.2f} {name}"
+        for unit, name in ((1e9, "GB"), (1e6, "MB"), (1e3, "kB"), (1, "B"))
+        if count >= unit or unit == 1
+    )
 
 
 def on_disk(folder: pathlib.Path) -> str:
@@ -41,14 +45,20 @@ def show_arrays(arrays: Iterable[tuple[str, tuple[int, ...], np.dtype, int]]) ->
         dtype, number = np.dtype(dtype), count * math.prod(shape)
         values, total = values + number, total + number * dtype.itemsize
         times = f" x {count}" if count > 1 else ""
-        print(f"  {name:{width}}  {'x'.join(map(str, shape)) + times:>24}  {dtype.name:9} {size(number * dtype.itemsize):>10}")
+        print(
+            f"  {name:{width}}  {'x'.join(map(str, shape)) + times:>24}  {dtype.name:9} "
+            f"{size(number * dtype.itemsize):>10}"
+        )
     print(f"  {values:,} values, {size(total)}")
 
 
 def inspect_orbax(folder: pathlib.Path, step: int | None, whole_config: bool) -> None:
     meta = orbax.read_meta(folder, step)
     path = orbax.checkpoint_path(folder, step)
-    print(f"{folder}: checkpoint folder; complete steps {', '.join(map(str, orbax.steps_in(folder)))}; shown is step {meta['step']}")
+    print(
+        f"{folder}: checkpoint folder; complete steps {', '.join(map(str, orbax.steps_in(folder)))}; shown is step "
+        f"{meta['step']}"
+    )
     adapted = load.adapters_of(meta)
     holds = "a whole model" if adapted is None else f"adapters of rank {adapted[0].rank} on {adapted[1]}"
     print(f"format {meta['format']}, holds {holds}; tokenizer {meta['tokenizer'] or 'none'}")
@@ -72,7 +82,10 @@ def inspect_huggingface(folder: pathlib.Path, whole_config: bool) -> None:
     config = json.loads((folder / "config.json").read_text())
     tensors, problems = safetensors.read_folder(folder)
     files = sorted({t.file for t in tensors.values()})
-    print(f"{folder}: Hugging Face layout; {config.get('architectures')}, {len(tensors)} tensors in {', '.join(f.name for f in files)}")
+    print(
+        f"{folder}: Hugging Face layout; {config.get('architectures')}, {len(tensors)} tensors in "
+        f"{', '.join(f.name for f in files)}"
+    )
     plain = {name: value for name, value in config.items() if isinstance(value, (int, float, str)) or value is None}
     print("config    " + ", ".join(f"{name} {value}" for name, value in plain.items()))
     print("tokenizer " + (", ".join(name for name in load.TOKENIZER_FILES if (folder / name).exists()) or "none"))
@@ -84,7 +97,9 @@ def inspect_huggingface(folder: pathlib.Path, whole_config: bool) -> None:
     if whole_config:
         print(json.dumps(config, indent=1))
     if problems:
-        raise UserError(f"The weights in {folder} are damaged, {safetensors.listed(problems)} Download or export the folder again.")
+        raise UserError(
+            f"The weights in {folder} are damaged, {safetensors.listed(problems)} Download or export the folder again."
+        )
 
 
 def main() -> None:

@@ -1,7 +1,7 @@
 """Writes a random Qwen3 checkpoint in Hugging Face layout: a stand-in for a large one where there is no network.
 
-    python tools/make_checkpoint.py DST --size 1.7b --dtype bfloat16
-    python tools/make_checkpoint.py DST --size 8b --layers 2 --vocab-rows 151671 --tokenizer Qwen/Qwen3-0.6B
+python tools/make_checkpoint.py DST --size 1.7b --dtype bfloat16
+python tools/make_checkpoint.py DST --size 8b --layers 2 --vocab-rows 151671 --tokenizer Qwen/Qwen3-0.6B
 """
 
 import argparse
@@ -18,7 +18,9 @@ from refusion_jax.errors import run_main
 from refusion_jax.model.config import ModelConfig, qwen3, to_huggingface
 
 
-def write(folder: pathlib.Path, config: ModelConfig, dtype: np.dtype, seed: int = 0, shard_bytes: int = 4_000_000_000) -> None:
+def write(
+    folder: pathlib.Path, config: ModelConfig, dtype: np.dtype, seed: int = 0, shard_bytes: int = 4_000_000_000
+) -> None:
     """Fills an existing folder with random weights (norms around 1, the rest with standard deviation 0.02), piece by piece."""
     tensors = huggingface.in_file_order(config)
     writer = safetensors.Writer(folder, [(name, dtype, p.tensor_shape) for name, p in tensors], shard_bytes)
@@ -41,14 +43,23 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=0, help="another number of layers")
     parser.add_argument("--hidden", type=int, default=0, help="another hidden size, mlp three times as wide")
     parser.add_argument("--vocab-rows", type=int, default=0, help="another number of rows of the tables")
-    parser.add_argument("--tokenizer", default="", help="folder or name whose tokenizer files are put beside the weights")
+    parser.add_argument(
+        "--tokenizer", default="", help="folder or name whose tokenizer files are put beside the weights"
+    )
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     config = qwen3(args.size)
-    sizes = {"num_layers": args.layers, "hidden_size": args.hidden, "intermediate_size": 3 * args.hidden, "vocab_size": args.vocab_rows}
+    sizes = {
+        "num_layers": args.layers,
+        "hidden_size": args.hidden,
+        "intermediate_size": 3 * args.hidden,
+        "vocab_size": args.vocab_rows,
+    }
     changes = {name: value for name, value in sizes.items() if value}
     if args.vocab_rows:  # special ids are the tokenizer's to say
-        changes |= dict(logical_vocab_size=0, mask_token_id=None, begin_token_id=None, eos_token_id=None, pad_token_id=None)
+        changes |= dict(
+            logical_vocab_size=0, mask_token_id=None, begin_token_id=None, eos_token_id=None, pad_token_id=None
+        )
     config = dataclasses.replace(config, **changes)
     with new_folder(args.destination, print) as folder:
         write(folder, config, DTYPES[args.dtype], args.seed)

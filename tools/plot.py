@@ -39,7 +39,11 @@ def main() -> None:
     except ImportError:
         raise UserError("Plots need matplotlib; install it with: pip install 'refusion_jax[demo]'.") from None
 
-    panels = (("ar_loss", "autoregressive loss"), ("mdm_loss", "denoising loss"), ("accuracy", "held-out token accuracy"))
+    panels = (
+        ("ar_loss", "autoregressive loss"),
+        ("mdm_loss", "denoising loss"),
+        ("accuracy", "held-out token accuracy"),
+    )
     figure, axes = plt.subplots(1, len(panels), figsize=(15, 4.2), layout="constrained")
     for index, workdir in enumerate(arguments.workdirs):
         records, color = read(workdir), f"C{index}"
@@ -49,11 +53,30 @@ def main() -> None:
             held_out = records["evaluation"]
             if name == "accuracy":
                 for term, style in (("ar", "-"), ("mdm", "--")):
-                    axis.plot([r["step"] for r in held_out], [r[f"{term}_accuracy"] for r in held_out], style, color=color, marker=".", label=f"{workdir.name} {term}")
+                    axis.plot(
+                        [r["step"] for r in held_out],
+                        [r[f"{term}_accuracy"] for r in held_out],
+                        style,
+                        color=color,
+                        marker=".",
+                        label=f"{workdir.name} {term}",
+                    )
                 continue
             train = records["train"]
-            axis.plot([r["step"] for r in train], [r[name] for r in train], color=color, alpha=0.35, label=f"{workdir.name} train")
-            axis.plot([r["step"] for r in held_out], [r[name] for r in held_out], color=color, marker=".", label=f"{workdir.name} held out")
+            axis.plot(
+                [r["step"] for r in train],
+                [r[name] for r in train],
+                color=color,
+                alpha=0.35,
+                label=f"{workdir.name} train",
+            )
+            axis.plot(
+                [r["step"] for r in held_out],
+                [r[name] for r in held_out],
+                color=color,
+                marker=".",
+                label=f"{workdir.name} held out",
+            )
             axis.set_yscale("log")
     for axis in axes:
         axis.legend(fontsize=8)

@@ -24,7 +24,15 @@ from refusion_jax.sampling import Generation, SamplerConfig
 TEXT, SMALL, CELL, GAP, MARGIN, WIDTH = 26, 20, 46, 4, 40, 2400
 SLOT_GAP, BLOCK_GAP, LABEL = 14, 30, 150
 INK, FAINT, PAPER, OPEN, CUT = (28, 30, 36), (134, 140, 150), (255, 255, 255), (238, 240, 243), (222, 222, 226)
-RAMP = ((62, 106, 225), (26, 152, 196), (38, 166, 120), (132, 178, 46), (232, 174, 30), (236, 124, 44), (214, 62, 74))  # first to last round
+RAMP = (
+    (62, 106, 225),
+    (26, 152, 196),
+    (38, 166, 120),
+    (132, 178, 46),
+    (232, 174, 30),
+    (236, 124, 44),
+    (214, 62, 74),
+)  # first to last round
 
 
 def shade(round_: int, rounds: int) -> tuple[int, int, int]:
@@ -50,7 +58,9 @@ class Cell:
 def cells_of(decoder: generate.Decoder, answer: Generation) -> list[Cell]:
     """One for each position up to the last committed one."""
     eos = decoder.model.eos_token_id
-    found = {position: (token, round_) for position, token, round_ in zip(answer.order, answer.committed, answer.rounds)}
+    found = {
+        position: (token, round_) for position, token, round_ in zip(answer.order, answer.committed, answer.rounds)
+    }
     length = len(answer.tokens)
     texts = display.pieces(decoder.tokenizer, answer.tokens)
     cells = []
@@ -70,8 +80,12 @@ class Painter:
             import matplotlib
             from PIL import Image, ImageDraw, ImageFont
         except ImportError as error:
-            raise UserError(f"Pictures need Pillow and matplotlib ({error}); install them with: pip install 'refusion_jax[demo]'.") from None
-        fonts = pathlib.Path(matplotlib.get_data_path()) / "fonts" / "ttf"  # a font with most scripts, wherever this runs
+            raise UserError(
+                f"Pictures need Pillow and matplotlib ({error}); install them with: pip install 'refusion_jax[demo]'."
+            ) from None
+        fonts = (
+            pathlib.Path(matplotlib.get_data_path()) / "fonts" / "ttf"
+        )  # a font with most scripts, wherever this runs
         self._image, self._draw = Image, ImageDraw.Draw
         self.font, self.small = (ImageFont.truetype(str(fonts / "DejaVuSansMono.ttf"), size) for size in (TEXT, SMALL))
         self.bold = ImageFont.truetype(str(fonts / "DejaVuSans-Bold.ttf"), TEXT + 4)
@@ -121,7 +135,9 @@ class Painter:
             text = text[:-1]
         return text + "\u2026"
 
-    def line(self, draw: Any, band: Sequence[tuple[int, int, int]], y: int, filled: set[int], accent: int | None = None) -> None:
+    def line(
+        self, draw: Any, band: Sequence[tuple[int, int, int]], y: int, filled: set[int], accent: int | None = None
+    ) -> None:
         """The cells of a band with the `filled` positions; only those of round `accent` in full colour, unless it is None."""
         for position, left, right in band:
             cell, box = self.cells[position], (left, y, right, y + CELL)
@@ -133,7 +149,13 @@ class Painter:
             fill = color if strong else mix(color, PAPER, 0.72)
             ink = FAINT if cell.cut else (PAPER if strong else INK)
             draw.rounded_rectangle(box, 7, fill=fill)
-            draw.text(((left + right) / 2, y + CELL / 2), cell.text, font=self.small if cell.text == "end" else self.font, fill=ink, anchor="mm")
+            draw.text(
+                ((left + right) / 2, y + CELL / 2),
+                cell.text,
+                font=self.small if cell.text == "end" else self.font,
+                fill=ink,
+                anchor="mm",
+            )
 
     def picture(self, title: str, subtitle: str) -> Any:
         """Position across, round down; the last line of a band shows all rounds."""
@@ -152,14 +174,25 @@ class Painter:
                 draw.text((MARGIN, y + CELL / 2), f"round {r + 1}", font=self.small, fill=INK, anchor="lm")
                 self.line(draw, band, y, upto(r), r)
                 if len(self.bands) == 1:
-                    draw.text((band[-1][2] + 16, y + CELL / 2), f"+{len(upto(r) - upto(r - 1))}", font=self.small, fill=shade(r, self.rounds), anchor="lm")
+                    draw.text(
+                        (band[-1][2] + 16, y + CELL / 2),
+                        f"+{len(upto(r) - upto(r - 1))}",
+                        font=self.small,
+                        fill=shade(r, self.rounds),
+                        anchor="lm",
+                    )
                 y += row
             y += 24
             draw.text((MARGIN, y + CELL / 2), "answer", font=self.small, fill=INK, anchor="lm")
             self.line(draw, band, y, upto(self.rounds))
             y += row + 50
         if any(cell.cut for cell in self.cells):
-            draw.text((MARGIN, y - 30), "grey: behind the end; slots that were still open saw it, the answer does not contain it", font=self.small, fill=FAINT)
+            draw.text(
+                (MARGIN, y - 30),
+                "grey: behind the end; slots that were still open saw it, the answer does not contain it",
+                font=self.small,
+                fill=FAINT,
+            )
         return image
 
     def frame(self, title: str, subtitle: str, filled: set[int]) -> Any:
@@ -167,7 +200,13 @@ class Painter:
         row = CELL + 20
         image, draw = self.canvas(130 + row * len(self.bands) + MARGIN, title, subtitle)
         for number, band in enumerate(self.bands):
-            draw.text((MARGIN, 130 + row * number + CELL / 2), str(band[0][0]) if band else "", font=self.small, fill=FAINT, anchor="lm")
+            draw.text(
+                (MARGIN, 130 + row * number + CELL / 2),
+                str(band[0][0]) if band else "",
+                font=self.small,
+                fill=FAINT,
+                anchor="lm",
+            )
             self.line(draw, band, 130 + row * number, filled)
         return image
 
@@ -183,7 +222,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     arguments = parser.parse_args(argv)
     logging.set_verbosity(logging.ERROR)
     if arguments.out.suffix != ".png":
-        raise UserError(f"--out is {arguments.out}; give a name that ends in .png (the animation goes beside it as .gif).")
+        raise UserError(
+            f"--out is {arguments.out}; give a name that ends in .png (the animation goes beside it as .gif)."
+        )
 
     decoder = generate.decoder_of(arguments)
     config = generate.settings_of(arguments, decoder)
@@ -201,7 +242,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     painter = Painter(cells_of(decoder, final), config)
     count = lambda n, what: f"{n} {what}" + "s" * (n != 1)
     summary = f"{count(len(final.tokens), 'token')} in {count(painter.rounds, 'round')} and {count(final.forwards, 'forward')}: {final.tokens_per_forward:.2f} tokens per forward"
-    shown = [(count(1, "forward"), []), *((count(step.forwards, "forward"), step.order) for step in steps[:-1]), (summary, final.order)]
+    shown = [
+        (count(1, "forward"), []),
+        *((count(step.forwards, "forward"), step.order) for step in steps[:-1]),
+        (summary, final.order),
+    ]
 
     def small(frame: tuple[str, list[int]]) -> Any:
         """A frame in half size and few colours: an answer of many rounds has hundreds of them."""
@@ -212,7 +257,13 @@ def main(argv: Sequence[str] | None = None) -> None:
         arguments.out.parent.mkdir(parents=True, exist_ok=True)
         painter.picture(prompt, summary).save(arguments.out)
         durations = [arguments.milliseconds] * (len(shown) - 1) + [3000]
-        small(shown[0]).save(arguments.out.with_suffix(".gif"), save_all=True, append_images=map(small, shown[1:]), duration=durations, loop=0)
+        small(shown[0]).save(
+            arguments.out.with_suffix(".gif"),
+            save_all=True,
+            append_images=map(small, shown[1:]),
+            duration=durations,
+            loop=0,
+        )
     except OSError as error:
         raise UserError(f"Cannot write {arguments.out}: {error.strerror or error}. Choose another --out.") from None
     print(f"{summary}\nwrote {arguments.out} and {arguments.out.with_suffix('.gif')}")

@@ -25,7 +25,7 @@ from flax import traverse_util
 from refusion_jax import lora
 from refusion_jax.checkpoint import huggingface, load, orbax, safetensors, stream
 from refusion_jax.config import LoraConfig
-from refusion_jax.data.tokenizers import Tokenizer, load_tokenizer
+from refusion_jax.data.tokenizers import load_tokenizer
 from refusion_jax.errors import UserError
 from refusion_jax.model import config as model_config
 from refusion_jax.model.config import ModelConfig
@@ -66,16 +66,23 @@ def new_folder(destination: pathlib.Path, say: Say) -> Iterator[pathlib.Path]:
             yield partial
             os.rename(partial, destination)
     except BlockingIOError:
-        raise UserError(f"{partial} is being written by another process. Wait for it, or choose another name for the result.") from None
+        raise UserError(
+            f"{partial} is being written by another process. Wait for it, or choose another name for the result."
+        ) from None
     except (OSError, ValueError) as error:  # tensorstore's errors are ValueErrors that quote the system's
         shutil.rmtree(partial, ignore_errors=True)
         if isinstance(error, UserError):
             raise
         full = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
         if getattr(error, "errno", None) in full or any(f"os_error_code='{code}'" in str(error) for code in full):
-            raise UserError(f"The disk is full: {destination} could not be written ({_free(destination)} free) and nothing of it was kept. Make room, or choose another place.") from None
+            raise UserError(
+                f"The disk is full: {destination} could not be written ({_free(destination)} free) and nothing of it "
+                "was kept. Make room, or choose another place."
+            ) from None
         if isinstance(error, OSError):
-            raise UserError(f"{destination} could not be written: {error}. Choose a folder that can be written.") from None
+            raise UserError(
+                f"{destination} could not be written: {error}. Choose a folder that can be written."
+            ) from None
         raise
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
@@ -110,7 +117,10 @@ class _Progress:
         self._say, self._arrays, self._unit = say, arrays, unit
         self._bytes = {path: math.prod(shape) * dtype.itemsize for path, (shape, dtype) in arrays.items()}
         self._total, self._done, self._start = sum(self._bytes.values()), 0, time.monotonic()
-        say(f"{len(arrays)} {unit}, {sum(math.prod(shape) for shape, _ in arrays.values()):,} values, {_size(self._total)}")
+        say(
+            f"{len(arrays)} {unit}, {sum(math.prod(shape) for shape, _ in arrays.values()):,} values, "
+            f"{_size(self._total)}"
+        )
 
     def line(self, path: str, note: str = "") -> None:
         shape, dtype = self._arrays[path]
@@ -193,14 +203,22 @@ def to_orbax(
     if vocabulary:
         config = load.with_tokenizer(config, vocabulary, folder)
     elif rows < weights.config.vocab_size:
-        raise UserError(f"--vocab-rows {rows} would cut rows off the table of {weights.config.vocab_size} in {folder}, and without a tokenizer nobody knows whether they are used. Name one with --tokenizer.")
+        raise UserError(
+            f"--vocab-rows {rows} would cut rows off the table of {weights.config.vocab_size} in {folder}, and "
+            "without a tokenizer nobody knows whether they are used. Name one with --tokenizer."
+        )
     new = {vocabulary.begin_id, vocabulary.mask_id} if new_tokens == "mean" else set()
     tables = _Tables(weights, rows, new, config.logical_vocab_size)
     weights.check_tied_head()
 
-    arrays = {path: (p.shape, DTYPES.get(dtype, weights.dtype(path))) for path, p in huggingface.parameters(config).items()}
+    arrays = {
+        path: (p.shape, DTYPES.get(dtype, weights.dtype(path))) for path, p in huggingface.parameters(config).items()
+    }
     progress = _Progress(say, arrays, "parameters")
-    say(f"tokenizer: {'none' if vocabulary is None else f'{vocabulary.vocab_size} ids, mask {vocabulary.mask_id}'}; table: {rows} rows")
+    say(
+        f"tokenizer: {'none' if vocabulary is None else f'{vocabulary.vocab_size} ids, mask {vocabulary.mask_id}'}; "
+        f"table: {rows} rows"
+    )
     if dry_run:
         for path in arrays:
             progress.line(path)
@@ -270,7 +288,9 @@ def open_checkpoint(source: str | pathlib.Path, step: int | None) -> tuple[Model
     stored = orbax.checkpoint_path(folder, step) / "params"
     adapted = load.adapters_of(meta)
     if adapted is None:
-        return config, stream.StoredParams(stored, {path: p.shape for path, p in huggingface.parameters(config).items()})
+        return config, stream.StoredParams(
+            stored, {path: p.shape for path, p in huggingface.parameters(config).items()}
+        )
     settings, base = adapted
     base_config, reader = open_checkpoint(base, None)
     load.check_architecture(base_config, config, base)
@@ -314,8 +334,15 @@ def to_huggingface(
         return
     with new_folder(destination, say) as partial:
         if shutil.disk_usage(partial).free < needed:
-            raise UserError(f"{destination} needs {_size(needed)}, but the disk has {_free(partial)} free. Make room, or choose another place or a smaller --dtype.")
-        writer = safetensors.Writer(partial, [(name, arrays[p.path][1], p.tensor_shape) for name, p in huggingface.in_file_order(config)], shard_bytes)
+            raise UserError(
+                f"{destination} needs {_size(needed)}, but the disk has {_free(partial)} free. Make room, or choose "
+                "another place or a smaller --dtype."
+            )
+        writer = safetensors.Writer(
+            partial,
+            [(name, arrays[p.path][1], p.tensor_shape) for name, p in huggingface.in_file_order(config)],
+            shard_bytes,
+        )
         for path, parameter in table.items():
             for start, stop in stream.row_ranges(parameter.shape[0], reader.step(path)):
                 piece = reader.read(path, (slice(start, stop), *[slice(None)] * (len(parameter.shape) - 1)))
@@ -327,9 +354,17 @@ def to_huggingface(
             progress.finished(path)
         writer.close()
         kinds = {kind.name for _, kind in arrays.values()}
-        _write_json(partial / "config.json", model_config.to_huggingface(config, kinds.pop() if len(kinds) == 1 else "float32"))
-        ids = {"bos_token_id": config.begin_token_id, "eos_token_id": config.eos_token_id, "pad_token_id": config.pad_token_id}
-        _write_json(partial / "generation_config.json", {"do_sample": False, **{k: v for k, v in ids.items() if v is not None}})
+        _write_json(
+            partial / "config.json", model_config.to_huggingface(config, kinds.pop() if len(kinds) == 1 else "float32")
+        )
+        ids = {
+            "bos_token_id": config.begin_token_id,
+            "eos_token_id": config.eos_token_id,
+            "pad_token_id": config.pad_token_id,
+        }
+        _write_json(
+            partial / "generation_config.json", {"do_sample": False, **{k: v for k, v in ids.items() if v is not None}}
+        )
         _save_tokenizer(source, step, partial, say)
     say(f"wrote {destination}: {', '.join(writer.files)}")
 

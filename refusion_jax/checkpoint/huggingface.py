@@ -110,17 +110,28 @@ def resolve(source: str | pathlib.Path) -> pathlib.Path:
     if folder.is_dir():
         return folder
     if folder.is_absolute() or str(source).startswith((".", "~")) or str(source).count("/") > 1 or folder.exists():
-        raise UserError(f"There is no folder {str(source)!r}. Give a checkpoint's folder, or a name on the Hugging Face hub such as Qwen/Qwen3-0.6B.")
+        raise UserError(
+            f"There is no folder {str(source)!r}. Give a checkpoint's folder, or a name on the Hugging Face hub such "
+            "as Qwen/Qwen3-0.6B."
+        )
     try:
         import huggingface_hub
     except ImportError:
-        raise UserError(f"There is no folder {str(source)!r}, and downloading it needs the huggingface_hub library: pip install 'refusion_jax[hf]'.") from None
+        raise UserError(
+            f"There is no folder {str(source)!r}, and downloading it needs the huggingface_hub library: pip install "
+            "'refusion_jax[hf]'."
+        ) from None
     try:
-        return pathlib.Path(huggingface_hub.snapshot_download(str(source), allow_patterns=["*.safetensors", "*.json", "*.txt", "*.jinja"]))
+        return pathlib.Path(
+            huggingface_hub.snapshot_download(
+                str(source), allow_patterns=["*.safetensors", "*.json", "*.txt", "*.jinja"]
+            )
+        )
     except Exception as error:  # the hub's own kinds, the network library's, or OSError
         reason = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
         raise UserError(
-            f"There is no folder {str(source)!r}, and as a name on the Hugging Face hub it could not be downloaded: {reason}. "
+            f"There is no folder {str(source)!r}, and as a name on the Hugging Face hub it could not be downloaded: "
+            f"{reason}. "
             "Check the name and the network, or give a folder with the downloaded files."
         ) from None
 
@@ -141,7 +152,10 @@ class Weights:
 
     def __init__(self, folder: pathlib.Path):
         if not (folder / "config.json").exists():
-            raise UserError(f"{folder} has no config.json: it is no Hugging Face checkpoint. Give a folder with config.json and safetensors files.")
+            raise UserError(
+                f"{folder} has no config.json: it is no Hugging Face checkpoint. Give a folder with config.json and "
+                "safetensors files."
+            )
         self.config = from_huggingface(folder / "config.json")
         self.parameters = parameters(self.config)
         self.tensors, problems = safetensors.read_folder(folder)
@@ -149,14 +163,19 @@ class Weights:
         if self.config.tie_embeddings and "lm_head.weight" in self.tensors:
             expected["lm_head.weight"] = expected["model.embed_tokens.weight"]  # a tied head may be stored once more
         damaged = bool(problems)
-        problems += [f"unknown tensor {name} {list(self.tensors[name].shape)}" for name in self.tensors if name not in expected]
+        problems += [
+            f"unknown tensor {name} {list(self.tensors[name].shape)}" for name in self.tensors if name not in expected
+        ]
         for name, shape in expected.items():
             if name in self.tensors and self.tensors[name].shape != shape:
                 problems.append(f"{name} is {list(self.tensors[name].shape)}, config.json makes it {list(shape)}")
             elif name not in self.tensors and not damaged:  # what a missing file held is no second finding
                 problems.append(f"missing tensor {name} {list(shape)}")
         if problems:
-            raise UserError(f"The weights in {folder} cannot be read, {safetensors.listed(problems)} Download or export the folder again, or correct its config.json.")
+            raise UserError(
+                f"The weights in {folder} cannot be read, {safetensors.listed(problems)} Download or export the "
+                "folder again, or correct its config.json."
+            )
         self.bytes_read = 0
 
     def dtype(self, path: str) -> np.dtype:
@@ -178,7 +197,8 @@ class Weights:
         for start in range(0, self.config.vocab_size, step):
             if not np.array_equal(head.open()[start : start + step], embedding.open()[start : start + step]):
                 raise UserError(
-                    f"{head.file} has an lm_head.weight that differs from the embedding, but config.json says tie_word_embeddings = true. "
+                    f"{head.file} has an lm_head.weight that differs from the embedding, but config.json says "
+                    "tie_word_embeddings = true. "
                     "Set it to false there if the head is a table of its own, or remove the tensor."
                 )
 

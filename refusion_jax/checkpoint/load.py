@@ -37,7 +37,8 @@ def locate(source: str | pathlib.Path) -> pathlib.Path:
     if not is_orbax(folder) and not (folder / "config.json").exists():
         found = sorted(p.name for p in folder.iterdir())[:6]
         raise UserError(
-            f"{folder} is no checkpoint: a training run or a conversion has a folder 'checkpoints', a Hugging Face model a 'config.json'; "
+            f"{folder} is no checkpoint: a training run or a conversion has a folder 'checkpoints', a Hugging Face "
+            "model a 'config.json'; "
             f"found {', '.join(found) or 'nothing'}. Give one of the two."
         )
     return folder
@@ -51,12 +52,17 @@ def with_tokenizer(config: ModelConfig, tokenizer: Tokenizer, where: Any) -> Mod
     """
     if tokenizer.vocab_size > config.vocab_size:
         raise UserError(
-            f"{where}: the embedding table has {config.vocab_size} rows, but the tokenizer (with its two added tokens) has {tokenizer.vocab_size} ids; its mask id "
-            f"is {tokenizer.mask_id}. Use the tokenizer the model was made for, set config.model.vocab_size to at least {tokenizer.vocab_size} for a new model, or give "
+            f"{where}: the embedding table has {config.vocab_size} rows, but the tokenizer (with its two added "
+            f"tokens) has {tokenizer.vocab_size} ids; its mask id "
+            f"is {tokenizer.mask_id}. Use the tokenizer the model was made for, set config.model.vocab_size to at "
+            f"least {tokenizer.vocab_size} for a new model, or give "
             "a checkpoint's table more rows with tools/convert_qwen3.py to-orbax --new-tokens mean."
         )
     if config.mask_token_id not in (None, tokenizer.mask_id):
-        raise UserError(f"{where}: the model's mask_token_id is {config.mask_token_id}, the tokenizer's is {tokenizer.mask_id}. Use the tokenizer the model was made for.")
+        raise UserError(
+            f"{where}: the model's mask_token_id is {config.mask_token_id}, the tokenizer's is {tokenizer.mask_id}. "
+            "Use the tokenizer the model was made for."
+        )
     return dataclasses.replace(
         config, logical_vocab_size=tokenizer.vocab_size, mask_token_id=tokenizer.mask_id,
         begin_token_id=tokenizer.begin_id, eos_token_id=tokenizer.eos_id, pad_token_id=tokenizer.pad_id,
@@ -75,7 +81,10 @@ def tokenizer_source(source: str | pathlib.Path, step: int | None = None) -> str
         return str(place)
     named = orbax.read_meta(folder, step)["tokenizer"] if is_orbax(folder) else ""
     if not named:
-        raise UserError(f"{place} holds no tokenizer (none of {', '.join(TOKENIZER_FILES)}). Copy the model's tokenizer files there, or name a tokenizer.")
+        raise UserError(
+            f"{place} holds no tokenizer (none of {', '.join(TOKENIZER_FILES)}). Copy the model's tokenizer files "
+            "there, or name a tokenizer."
+        )
     return named
 
 
@@ -106,9 +115,14 @@ def load_model_config(source: str | pathlib.Path, step: int | None = None) -> Mo
 def check_architecture(found: ModelConfig, wanted: ModelConfig, source: Any) -> None:
     """Raises a UserError that names every field in which a checkpoint differs from the model it is loaded into."""
     there, here = found.architecture(), wanted.architecture()
-    different = [f"{name} is {there[name]}, config.model has {here[name]}" for name in there if there[name] != here[name]]
+    different = [
+        f"{name} is {there[name]}, config.model has {here[name]}" for name in there if there[name] != here[name]
+    ]
     if different:
-        raise UserError(f"The checkpoint {source} is of another model: {'; '.join(different)}. Set config.model to the checkpoint's sizes, or load another one.")
+        raise UserError(
+            f"The checkpoint {source} is of another model: {'; '.join(different)}. Set config.model to the "
+            "checkpoint's sizes, or load another one."
+        )
 
 
 def adapters_of(meta: dict[str, Any]) -> tuple[LoraConfig, str] | None:
@@ -121,7 +135,12 @@ def adapters_of(meta: dict[str, Any]) -> tuple[LoraConfig, str] | None:
 
 
 def load_params(
-    source: str | pathlib.Path, config: ModelConfig, mesh: Mesh, rules: sharding.Rules, dtype: str = "float32", step: int | None = None
+    source: str | pathlib.Path,
+    config: ModelConfig,
+    mesh: Mesh,
+    rules: sharding.Rules,
+    dtype: str = "float32",
+    step: int | None = None,
 ) -> dict:
     """Sharded parameters of a checkpoint; of one with adapters, its base with the adapters merged in.
 

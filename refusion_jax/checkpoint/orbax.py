@@ -1,10 +1,10 @@
 """Checkpoints of a run, and converted weights in the same layout.
 
-    DIR/checkpoints/<step>/params      parameters (of the model, or of the adapters on a frozen base)
-    DIR/checkpoints/<step>/optimizer   optimizer state and step; absent in converted weights
-    DIR/checkpoints/<step>/data        {"next_row": number of the next row}
-    DIR/checkpoints/<step>/meta        {"format", "model", "config", "step", "versions", "tokenizer"}
-    DIR/tokenizer/                     the tokenizer
+DIR/checkpoints/<step>/params      parameters (of the model, or of the adapters on a frozen base)
+DIR/checkpoints/<step>/optimizer   optimizer state and step; absent in converted weights
+DIR/checkpoints/<step>/data        {"next_row": number of the next row}
+DIR/checkpoints/<step>/meta        {"format", "model", "config", "step", "versions", "tokenizer"}
+DIR/tokenizer/                     the tokenizer
 """
 
 import dataclasses
@@ -35,20 +35,33 @@ _LIBRARIES = ("jax", "flax", "optax", "orbax-checkpoint", "grain")
 def make_meta(model: ModelConfig, *, step: int, tokenizer: str, config: dict | None = None) -> dict:
     """The metadata of a checkpoint; `config` is the run's, None for converted weights."""
     versions = {"refusion_jax": __version__, **{name: importlib.metadata.version(name) for name in _LIBRARIES}}
-    return {"format": FORMAT, "model": dataclasses.asdict(model), "config": config, "step": step, "versions": versions, "tokenizer": tokenizer}
+    return {
+        "format": FORMAT,
+        "model": dataclasses.asdict(model),
+        "config": config,
+        "step": step,
+        "versions": versions,
+        "tokenizer": tokenizer,
+    }
 
 
 def steps_in(folder: str | pathlib.Path) -> list[int]:
     """Steps of the complete checkpoints in a folder, ascending."""
     root = pathlib.Path(folder) / "checkpoints"
-    return sorted(int(p.name) for p in root.iterdir() if p.name.isdigit() and (p / "_CHECKPOINT_METADATA").exists()) if root.is_dir() else []
+    return (
+        sorted(int(p.name) for p in root.iterdir() if p.name.isdigit() and (p / "_CHECKPOINT_METADATA").exists())
+        if root.is_dir()
+        else []
+    )
 
 
 def check_folder_name(folder: str | pathlib.Path) -> None:
     """Raises a UserError for a name that Orbax would take for a pattern, and then leave checkpoints there unfinished."""
     found = sorted(set("*?[") & set(str(pathlib.Path(folder).absolute())))
     if found:
-        raise UserError(f"The folder {folder} cannot hold checkpoints: its path has a {' and a '.join(found)}. Choose another name.")
+        raise UserError(
+            f"The folder {folder} cannot hold checkpoints: its path has a {' and a '.join(found)}. Choose another name."
+        )
 
 
 def checkpoint_path(folder: str | pathlib.Path, step: int | None = None) -> pathlib.Path:
@@ -59,7 +72,10 @@ def checkpoint_path(folder: str | pathlib.Path, step: int | None = None) -> path
     """
     steps = steps_in(folder)
     if not steps:
-        raise UserError(f"There is no complete checkpoint in {folder} (looked for {folder}/checkpoints/<step>). Give the --workdir of a run or the output of a conversion.")
+        raise UserError(
+            f"There is no complete checkpoint in {folder} (looked for {folder}/checkpoints/<step>). Give the "
+            "--workdir of a run or the output of a conversion."
+        )
     if step is not None and step not in steps:
         raise UserError(f"There is no checkpoint of step {step} in {folder}; there are {', '.join(map(str, steps))}.")
     return pathlib.Path(folder).absolute() / "checkpoints" / str(steps[-1] if step is None else step)
@@ -75,13 +91,23 @@ def read_meta(folder: str | pathlib.Path, step: int | None = None) -> dict:
     try:
         meta = json.loads(path.read_text())
         if meta["format"] != FORMAT:
-            raise UserError(f"{path} has format {meta['format']}, this version reads {FORMAT}; use the version that wrote it ({meta['versions']}).")
+            raise UserError(
+                f"{path} has format {meta['format']}, this version reads {FORMAT}; use the version that wrote it "
+                f"({meta['versions']})."
+            )
         return meta
     except (OSError, json.JSONDecodeError, KeyError) as error:
         raise UserError(f"{path} is not the metadata of a checkpoint of this project ({error!r}).") from None
 
 
-def restore_params(folder: str | pathlib.Path, config: ModelConfig, mesh: Mesh, rules: sharding.Rules, dtype: Any = None, step: int | None = None) -> dict:
+def restore_params(
+    folder: str | pathlib.Path,
+    config: ModelConfig,
+    mesh: Mesh,
+    rules: sharding.Rules,
+    dtype: Any = None,
+    step: int | None = None,
+) -> dict:
     """Sharded parameters of a checkpoint, each process reading its own shards.
 
     Args:
@@ -98,7 +124,9 @@ def restore_params(folder: str | pathlib.Path, config: ModelConfig, mesh: Mesh, 
     return _restore(folder, abstract, sharding.param_shardings(config, mesh, rules), dtype, step)
 
 
-def restore_adapters(folder: str | pathlib.Path, config: ModelConfig, adapters: LoraConfig, mesh: Mesh, step: int | None = None) -> dict:
+def restore_adapters(
+    folder: str | pathlib.Path, config: ModelConfig, adapters: LoraConfig, mesh: Mesh, step: int | None = None
+) -> dict:
     """Sharded adapters of a checkpoint that holds no more; otherwise as `restore_params`."""
     abstract = jax.eval_shape(lambda key: lora.init(key, config, adapters), jax.random.key(0))
     return _restore(folder, abstract, lora.shardings(config, adapters, mesh), None, step)
@@ -109,19 +137,31 @@ def _restore(folder, abstract: dict, shardings: dict, dtype: Any, step: int | No
     with ocp.StandardCheckpointer() as checkpointer:
         found = checkpointer.metadata(path).item_metadata.tree
         check_shapes(abstract, found, str(path))
-        target = jax.tree.map(lambda a, f, s: jax.ShapeDtypeStruct(a.shape, dtype or f.dtype, sharding=s), abstract, found, shardings)
+        target = jax.tree.map(
+            lambda a, f, s: jax.ShapeDtypeStruct(a.shape, dtype or f.dtype, sharding=s), abstract, found, shardings
+        )
         return checkpointer.restore(path, target)
 
 
 def check_shapes(expected: dict, found: dict, where: str) -> None:
     """Raises one UserError that lists every parameter that is missing, unknown or of another shape."""
-    named = lambda tree: {jax.tree_util.keystr(path, simple=True, separator="/"): tuple(x.shape) for path, x in jax.tree_util.tree_leaves_with_path(tree)}
+    named = lambda tree: {
+        jax.tree_util.keystr(path, simple=True, separator="/"): tuple(x.shape)
+        for path, x in jax.tree_util.tree_leaves_with_path(tree)
+    }
     expected, found = named(expected), named(found)
     problems = [f"{name} is missing" for name in expected if name not in found]
     problems += [f"{name} is unknown" for name in found if name not in expected]
-    problems += [f"{name} is {found[name]}, not {expected[name]}" for name in expected if name in found and found[name] != expected[name]]
+    problems += [
+        f"{name} is {found[name]}, not {expected[name]}"
+        for name in expected
+        if name in found and found[name] != expected[name]
+    ]
     if problems:
-        raise UserError(f"The parameters in {where} are not those of the configured model: {'; '.join(problems)}. Use the config.model that the checkpoint was made with.")
+        raise UserError(
+            f"The parameters in {where} are not those of the configured model: {'; '.join(problems)}. Use the "
+            "config.model that the checkpoint was made with."
+        )
 
 
 class Checkpoints:
@@ -139,7 +179,11 @@ class Checkpoints:
         loss = lambda metrics: math.inf if metrics["loss"] is None else metrics["loss"]
         policies = [checkpoint_managers.LatestN(keep_last)]
         if keep_best:
-            policies.append(checkpoint_managers.BestN(get_metric_fn=loss, reverse=True, n=keep_best, keep_checkpoints_without_metrics=False))
+            policies.append(
+                checkpoint_managers.BestN(
+                    get_metric_fn=loss, reverse=True, n=keep_best, keep_checkpoints_without_metrics=False
+                )
+            )
         options = ocp.CheckpointManagerOptions(
             preservation_policy=checkpoint_managers.AnyPreservationPolicy(policies), best_fn=loss if keep_best else None, best_mode="min",
             cleanup_tmp_directories=True, save_interval_steps=1,
@@ -148,7 +192,10 @@ class Checkpoints:
             (self._folder / "checkpoints").mkdir(parents=True, exist_ok=True)
             self._manager = ocp.CheckpointManager(self._folder / "checkpoints", options=options)
         except OSError as error:
-            raise UserError(f"Cannot write checkpoints to {self._folder}: {error.strerror or error}. Choose a --workdir that can be written.") from None
+            raise UserError(
+                f"Cannot write checkpoints to {self._folder}: {error.strerror or error}. Choose a --workdir that can "
+                "be written."
+            ) from None
 
     def latest_step(self) -> int | None:
         return self._manager.latest_step()
@@ -168,7 +215,9 @@ class Checkpoints:
             "data": ocp.args.JsonSave({"next_row": next_row}),
             "meta": ocp.args.JsonSave(meta),
         }
-        self._guard(lambda: self._manager.save(step, args=ocp.args.Composite(**items), metrics={"loss": eval_loss}, force=True))
+        self._guard(
+            lambda: self._manager.save(step, args=ocp.args.Composite(**items), metrics={"loss": eval_loss}, force=True)
+        )
 
     def check(self) -> None:
         """Raises a UserError if a save in the background has failed."""
@@ -184,9 +233,14 @@ class Checkpoints:
             action()
         except Exception as error:  # Orbax and TensorStore raise OSError, ValueError and their own for a full disk
             steps = steps_in(self._folder)
-            kept = f"The last complete checkpoint is step {steps[-1]}" if steps else "There is no complete checkpoint yet"
+            kept = (
+                f"The last complete checkpoint is step {steps[-1]}" if steps else "There is no complete checkpoint yet"
+            )
             reason = str(error).strip().splitlines()[0][:300] if str(error).strip() else type(error).__name__
-            raise UserError(f"A checkpoint could not be written to {self._folder}: {reason}. {kept}. Make room or choose another --workdir, then start again.") from error
+            raise UserError(
+                f"A checkpoint could not be written to {self._folder}: {reason}. {kept}. Make room or choose another "
+                "--workdir, then start again."
+            ) from error
 
     def restore(self, abstract_state: TrainState, meta: dict) -> tuple[TrainState, int]:
         """The latest checkpoint on the mesh of `abstract_state`, whatever mesh wrote it.
@@ -219,9 +273,14 @@ def check_same_model(found: dict, wanted: dict, folder: pathlib.Path) -> None:
     """Raises a UserError naming the settings in which a checkpoint's model differs from the run's."""
     old, new = ModelConfig(**found["model"]).architecture(), ModelConfig(**wanted["model"]).architecture()
     old["lora"], new["lora"] = (_lora(meta) for meta in (found, wanted))
-    differences = [f"{name} is {old[name]} in the checkpoint and {new[name]} here" for name in old if old[name] != new[name]]
+    differences = [
+        f"{name} is {old[name]} in the checkpoint and {new[name]} here" for name in old if old[name] != new[name]
+    ]
     if differences:
-        raise UserError(f"The checkpoint in {folder} is of another model: {'; '.join(differences)}. Use its config, or another --workdir to start afresh.")
+        raise UserError(
+            f"The checkpoint in {folder} is of another model: {'; '.join(differences)}. Use its config, or another "
+            "--workdir to start afresh."
+        )
 
 
 def _lora(meta: dict) -> Any:

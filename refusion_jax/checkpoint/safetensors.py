@@ -42,7 +42,10 @@ def read_header(file: pathlib.Path) -> tuple[dict[str, Tensor], list[str]]:
         with open(file, "rb") as f:
             (length,) = struct.unpack("<Q", f.read(8))
             if length > size - 8:
-                return {}, [f"{file} is truncated or no safetensors file (its header should have {length} bytes, the file has {size})"]
+                return {}, [
+                    f"{file} is truncated or no safetensors file (its header should have {length} bytes, the file has "
+                    f"{size})"
+                ]
             header = json.loads(f.read(length))
         header.pop("__metadata__", None)
         entries = [(name, e["dtype"], tuple(e["shape"]), *e["data_offsets"]) for name, e in header.items()]
@@ -117,7 +120,9 @@ class Writer:
       shard_bytes: a new file is begun when the current one would grow beyond that.
     """
 
-    def __init__(self, folder: pathlib.Path, tensors: Sequence[tuple[str, np.dtype, tuple[int, ...]]], shard_bytes: int):
+    def __init__(
+        self, folder: pathlib.Path, tensors: Sequence[tuple[str, np.dtype, tuple[int, ...]]], shard_bytes: int
+    ):
         shards: list[dict] = [{}]
         filled = 0
         for name, dtype, shape in tensors:
@@ -129,7 +134,9 @@ class Writer:
             filled += size
         count = len(shards)
         self.files = [SINGLE] if count == 1 else [f"model-{i + 1:05d}-of-{count:05d}.safetensors" for i in range(count)]
-        self.total_bytes = sum(entry["data_offsets"][1] - entry["data_offsets"][0] for shard in shards for entry in shard.values())
+        self.total_bytes = sum(
+            entry["data_offsets"][1] - entry["data_offsets"][0] for shard in shards for entry in shard.values()
+        )
         self._handles, self._tensors = [], {}
         for file, shard in zip(self.files, shards):
             # transformers refuses a file that does not say which framework's layout it has.
@@ -139,7 +146,12 @@ class Writer:
             handle.write(struct.pack("<Q", len(header)) + header)
             self._handles.append(handle)
             for name, entry in shard.items():
-                self._tensors[name] = (handle.fileno(), 8 + len(header) + entry["data_offsets"][0], DTYPES[entry["dtype"]], tuple(entry["shape"]))
+                self._tensors[name] = (
+                    handle.fileno(),
+                    8 + len(header) + entry["data_offsets"][0],
+                    DTYPES[entry["dtype"]],
+                    tuple(entry["shape"]),
+                )
         if count > 1:
             weight_map = {name: file for file, shard in zip(self.files, shards) for name in shard}
             index = {"metadata": {"total_size": self.total_bytes}, "weight_map": weight_map}

@@ -87,11 +87,18 @@ def save(folder: pathlib.Path, streams: dict[str, Stream], meta: dict[str, Any])
       streams: by path, as in "layers/mlp/gate"; written in this order.
     """
     # Orbax warns when its registry cannot store a jax.Array, whether or not there is one.
-    registry = ocp.type_handlers.create_type_handler_registry((Stream, _StreamHandler()), (jax.Array, ocp.type_handlers.ArrayHandler()))
-    handler = ocp.CompositeCheckpointHandler(params=ocp.PyTreeCheckpointHandler(type_handler_registry=registry), meta=ocp.JsonCheckpointHandler())
+    registry = ocp.type_handlers.create_type_handler_registry(
+        (Stream, _StreamHandler()), (jax.Array, ocp.type_handlers.ArrayHandler())
+    )
+    handler = ocp.CompositeCheckpointHandler(
+        params=ocp.PyTreeCheckpointHandler(type_handler_registry=registry), meta=ocp.JsonCheckpointHandler()
+    )
     tree = traverse_util.unflatten_dict(streams, sep="/")
     with ocp.Checkpointer(handler) as checkpointer:
-        checkpointer.save(epath.Path(folder.absolute()), ocp.args.Composite(params=ocp.args.PyTreeSave(tree), meta=ocp.args.JsonSave(meta)))
+        checkpointer.save(
+            epath.Path(folder.absolute()),
+            ocp.args.Composite(params=ocp.args.PyTreeSave(tree), meta=ocp.args.JsonSave(meta)),
+        )
 
 
 class StoredParams:
@@ -116,7 +123,10 @@ class StoredParams:
             except ValueError as error:
                 problems.append(f"{path}: {str(error).partition(' [')[0]}")
         if problems:
-            raise UserError(f"The parameters in {folder} cannot be read, {listed(problems)} The checkpoint is damaged; use another step of it.")
+            raise UserError(
+                f"The parameters in {folder} cannot be read, {listed(problems)} The checkpoint is damaged; use "
+                "another step of it."
+            )
 
     def dtype(self, path: str) -> np.dtype:
         return self._stores[path].dtype.numpy_dtype

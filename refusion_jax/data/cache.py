@@ -64,8 +64,10 @@ def cached_tokens(source: Source, tokenizer: Tokenizer, cache_dir: str | os.Path
       UserError: bad records (see `sources`), no records, or a `cache_dir` that cannot be written.
     """
     if "://" in str(cache_dir):
-        raise UserError(f"data.cache_dir is {str(cache_dir)!r}, but the cache of tokenised data is mapped into memory and must be "
-                        "in a local folder. Set data.cache_dir to one.")
+        raise UserError(
+            f"data.cache_dir is {str(cache_dir)!r}, but the cache of tokenised data is mapped into memory and must be "
+            "in a local folder. Set data.cache_dir to one."
+        )
     key = hashlib.blake2b(f"{FORMAT} {source.key} {tokenizer.fingerprint}".encode(), digest_size=16).hexdigest()
     folder = pathlib.Path(cache_dir).expanduser() / f"{source.config.kind}-{key}"
     try:
@@ -74,17 +76,25 @@ def cached_tokens(source: Source, tokenizer: Tokenizer, cache_dir: str | os.Path
             cache = _read(folder)
             if cache is None:
                 if folder.exists():
-                    print(f"The cache of tokenised data {str(folder)!r} is damaged; it is built again.", file=sys.stderr)
+                    print(
+                        f"The cache of tokenised data {str(folder)!r} is damaged; it is built again.", file=sys.stderr
+                    )
                 for left_over in folder.parent.glob(f"{folder.name}.unfinished-*") if alone else ():
                     shutil.rmtree(left_over, ignore_errors=True)
                 _build(source, tokenizer, folder)
                 cache = _read(folder)
     except OSError as error:
-        raise UserError(f"the cache of tokenised data cannot be kept in {str(cache_dir)!r}: {error}. Set data.cache_dir to a folder "
-                        "that can be written and has room.") from error
+        raise UserError(
+            f"the cache of tokenised data cannot be kept in {str(cache_dir)!r}: {error}. Set data.cache_dir to a "
+            "folder "
+            "that can be written and has room."
+        ) from error
     if cache is None:
-        raise UserError(f"the cache of tokenised data {str(folder)!r} is damaged again right after it was written: check the disk, or "
-                        "set data.cache_dir to another one.")
+        raise UserError(
+            f"the cache of tokenised data {str(folder)!r} is damaged again right after it was written: check the "
+            "disk, or "
+            "set data.cache_dir to another one."
+        )
     return cache
 
 
@@ -186,4 +196,9 @@ class _Progress:
             return
         self._last = now
         line = f"tokenising {self._name}: {done:,} of {self._total:,} examples, {done / max(now - self._start, 1e-9):,.0f}/s"
-        print(f"\r{line}" if self._terminal else line, end="" if self._terminal and not finished else "\n", file=sys.stderr, flush=True)
+        print(
+            f"\r{line}" if self._terminal else line,
+            end="" if self._terminal and not finished else "\n",
+            file=sys.stderr,
+            flush=True,
+        )

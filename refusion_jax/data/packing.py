@@ -53,7 +53,9 @@ def pack(lengths: np.ndarray, max_length: int, max_examples: int, rng: np.random
     return Plan(order, np.searchsorted(row[order], np.arange(rows + 1)))
 
 
-def _best_fit(lengths: np.ndarray, max_length: int, max_examples: int, open_rows: int) -> tuple[np.ndarray, int, list[int]]:
+def _best_fit(
+    lengths: np.ndarray, max_length: int, max_examples: int, open_rows: int
+) -> tuple[np.ndarray, int, list[int]]:
     """Places examples in the order given. Returns the row of each, the number of rows, and the rows that were still open."""
     row_of = np.empty(len(lengths), np.int64)
     rows = 0

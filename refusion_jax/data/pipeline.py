@@ -52,10 +52,15 @@ class Report:
         return self.tokens / self.examples
 
     def __str__(self):
-        lines = [f"{name}: {kept:,} examples" + (f", {dropped:,} dropped (longer than {self.max_length})" if dropped else "")
-                 for name, kept, dropped in self.sources]
-        lines.append(f"one epoch: {self.examples:,} examples of {self.mean_length:.1f} tokens on average in {self.rows:,} rows of "
-                     f"{self.max_length} (at most {self.max_examples_per_row} examples each), {self.padding_share:.2%} padding")
+        lines = [
+            f"{name}: {kept:,} examples" + (f", {dropped:,} dropped (longer than {self.max_length})" if dropped else "")
+            for name, kept, dropped in self.sources
+        ]
+        lines.append(
+            f"one epoch: {self.examples:,} examples of {self.mean_length:.1f} tokens on average in {self.rows:,} rows "
+            "of "
+            f"{self.max_length} (at most {self.max_examples_per_row} examples each), {self.padding_share:.2%} padding"
+        )
         return "\n".join(lines)
 
 
@@ -81,9 +86,20 @@ class Rows:
     halves of one random order in turn, with 2 every example comes twice.
     """
 
-    def __init__(self, parts: Sequence[Part], *, max_length: int, max_examples_per_row: int, seed: int, shuffle: bool, pad_id: int):
+    def __init__(
+        self,
+        parts: Sequence[Part],
+        *,
+        max_length: int,
+        max_examples_per_row: int,
+        seed: int,
+        shuffle: bool,
+        pad_id: int,
+    ):
         self._parts, self._seed, self._shuffle, self._pad_id = parts, seed, shuffle, pad_id
-        self._base = np.cumsum([0, *(len(part.cache) for part in parts)])  # of each source in the numbering of all examples
+        self._base = np.cumsum(
+            [0, *(len(part.cache) for part in parts)]
+        )  # of each source in the numbering of all examples
         self._lengths = np.concatenate([part.cache.lengths for part in parts])
         self._prompt_lengths = np.concatenate([part.cache.prompt_lengths for part in parts])
         self.max_length = max_length
@@ -179,8 +195,16 @@ class Rows:
         )
 
 
-def load_rows(sources: Sequence[SourceConfig], tokenizer: Tokenizer, *, max_length: int, max_examples_per_row: int = 0, seed: int = 0,
-              cache_dir: str | os.PathLike, shuffle: bool = True) -> Rows:
+def load_rows(
+    sources: Sequence[SourceConfig],
+    tokenizer: Tokenizer,
+    *,
+    max_length: int,
+    max_examples_per_row: int = 0,
+    seed: int = 0,
+    cache_dir: str | os.PathLike,
+    shuffle: bool = True,
+) -> Rows:
     """Tokenises sources, or finds them in the cache, and plans their rows.
 
     Args:
@@ -204,21 +228,37 @@ def load_rows(sources: Sequence[SourceConfig], tokenizer: Tokenizer, *, max_leng
         part = np.flatnonzero(in_part(cache.hashes, config.start, config.stop))
         kept = part[cache.lengths[part] <= max_length]
         if not len(part):
-            raise UserError(f"data source {source.name!r}: none of its {len(cache):,} examples falls in the part from start = "
-                            f"{config.start} to stop = {config.stop}. Widen the part, or give a larger source.")
+            raise UserError(
+                f"data source {source.name!r}: none of its {len(cache):,} examples falls in the part from start = "
+                f"{config.start} to stop = {config.stop}. Widen the part, or give a larger source."
+            )
         if not len(kept):
-            raise UserError(f"data source {source.name!r}: max_length is {max_length}, but its shortest example has "
-                            f"{cache.lengths[part].min()} tokens, so every example would be dropped. Set data.max_length to at least "
-                            "that, better far more.")
+            raise UserError(
+                f"data source {source.name!r}: max_length is {max_length}, but its shortest example has "
+                f"{cache.lengths[part].min()} tokens, so every example would be dropped. Set data.max_length to at "
+                "least "
+                "that, better far more."
+            )
         if len(kept) * config.weight < 1:
-            raise UserError(f"data source {source.name!r}: weight = {config.weight} of {len(kept)} examples is less than one example per "
-                            "epoch. Raise the weight.")
+            raise UserError(
+                f"data source {source.name!r}: weight = {config.weight} of {len(kept)} examples is less than one "
+                "example per "
+                "epoch. Raise the weight."
+            )
         parts.append(Part(source.name, cache, kept, len(part) - len(kept), config.weight))
-    return Rows(parts, max_length=max_length, max_examples_per_row=max_examples_per_row, seed=seed, shuffle=shuffle,
-                pad_id=tokenizer.pad_id)
+    return Rows(
+        parts,
+        max_length=max_length,
+        max_examples_per_row=max_examples_per_row,
+        seed=seed,
+        shuffle=shuffle,
+        pad_id=tokenizer.pad_id,
+    )
 
 
-def batches(rows: Rows, *, batch_size: int, local_rows: Sequence[int] | np.ndarray, start_row: int = 0) -> Iterator[Batch]:
+def batches(
+    rows: Rows, *, batch_size: int, local_rows: Sequence[int] | np.ndarray, start_row: int = 0
+) -> Iterator[Batch]:
     """An endless Grain iterator over batches, read ahead by threads.
 
     Args:

@@ -23,7 +23,9 @@ from refusion_jax.errors import UserError
 
 def prompt_hash(query: str | None, response: str) -> int:
     """64-bit hash of an example's prompt; of the document for plain text."""
-    return int.from_bytes(hashlib.blake2b((response if query is None else query).encode(), digest_size=8).digest(), "little")
+    return int.from_bytes(
+        hashlib.blake2b((response if query is None else query).encode(), digest_size=8).digest(), "little"
+    )
 
 
 def in_part(hashes: np.ndarray, start: float, stop: float) -> np.ndarray:
@@ -59,7 +61,9 @@ class Source:
     @property
     def key(self) -> str:
         fields = (self.config.query_field, self.config.response_field)
-        return hashlib.blake2b(repr((self.config.kind, self._content_key(), fields)).encode(), digest_size=16).hexdigest()
+        return hashlib.blake2b(
+            repr((self.config.kind, self._content_key(), fields)).encode(), digest_size=16
+        ).hexdigest()
 
     def _content_key(self) -> Any:
         raise NotImplementedError
@@ -76,7 +80,11 @@ class Source:
 
     def part(self) -> Iterator[int]:
         """Indices of the examples between the config's `start` and `stop`, ascending (see `in_part`)."""
-        return (i for i in range(len(self)) if in_part(np.uint64(prompt_hash(*self[i])), self.config.start, self.config.stop))
+        return (
+            i
+            for i in range(len(self))
+            if in_part(np.uint64(prompt_hash(*self[i])), self.config.start, self.config.stop)
+        )
 
     def _place(self, i: int) -> str:
         return f"{self.name}, record {i} (counted from 0)"
@@ -88,28 +96,39 @@ class Source:
     def _from_fields(self, record: Any, place: str) -> tuple[str | None, str]:
         config = self.config
         if not isinstance(record, Mapping):
-            raise UserError(f"{place} is a {type(record).__name__}, not an object with the fields {config.query_field!r} and "
-                            f"{config.response_field!r}. Make every record an object.")
+            raise UserError(
+                f"{place} is a {type(record).__name__}, not an object with the fields {config.query_field!r} and "
+                f"{config.response_field!r}. Make every record an object."
+            )
         query = _text(record, config.query_field, "query_field", place) if config.query_field else None
         response = _text(record, config.response_field, "response_field", place)
         if not response.strip():
-            raise UserError(f"{place}: the response (field {config.response_field!r}) is empty. Remove the record or give it a response.")
+            raise UserError(
+                f"{place}: the response (field {config.response_field!r}) is empty. Remove the record or give it a "
+                "response."
+            )
         return query, response
 
 
 def _text(record: Mapping[str, Any], field: str, setting: str, place: str) -> str:
     if field not in record:
-        raise UserError(f"{place} has no field {field!r}; its fields are {', '.join(map(repr, record)) or 'none'}. "
-                        f"Set the source's {setting} to one of them.")
+        raise UserError(
+            f"{place} has no field {field!r}; its fields are {', '.join(map(repr, record)) or 'none'}. "
+            f"Set the source's {setting} to one of them."
+        )
     value = record[field]
     if isinstance(value, bytes):
         try:
             value = value.decode("utf-8")
         except UnicodeDecodeError as error:
-            raise UserError(f"{place}: the field {field!r} is not UTF-8 text ({error}). Convert it to UTF-8.") from error
+            raise UserError(
+                f"{place}: the field {field!r} is not UTF-8 text ({error}). Convert it to UTF-8."
+            ) from error
     if not isinstance(value, str):
-        raise UserError(f"{place}: the field {field!r} is {value!r:.60}, a {type(value).__name__}; it must be a string. "
-                        f"Convert it, or set the source's {setting} to another field.")
+        raise UserError(
+            f"{place}: the field {field!r} is {value!r:.60}, a {type(value).__name__}; it must be a string. "
+            f"Convert it, or set the source's {setting} to another field."
+        )
     try:
         value.encode("utf-8")
     except UnicodeEncodeError as error:  # half of a surrogate pair, which JSON can spell
@@ -126,14 +145,22 @@ class FileSource(Source):
     def paths(self) -> list[str]:
         path = os.path.expanduser(self.config.path)
         if os.path.isdir(path):
-            found = sorted(os.path.join(path, f) for f in os.listdir(path) if self.suffixes and f.endswith(self.suffixes))
+            found = sorted(
+                os.path.join(path, f) for f in os.listdir(path) if self.suffixes and f.endswith(self.suffixes)
+            )
             expected = f"the folder holds no {' or '.join(self.suffixes)} file"
         else:
-            found = [path] if os.path.exists(path) else sorted(p for p in glob.glob(path, recursive=True) if os.path.isfile(p))
+            found = (
+                [path]
+                if os.path.exists(path)
+                else sorted(p for p in glob.glob(path, recursive=True) if os.path.isfile(p))
+            )
             expected = "there is no such file"
         if not found:
-            raise UserError(f"data source {self.name!r} is missing: {expected}. Give a file, a glob or a folder (relative to "
-                            f"{os.getcwd()!r}).")
+            raise UserError(
+                f"data source {self.name!r} is missing: {expected}. Give a file, a glob or a folder (relative to "
+                f"{os.getcwd()!r})."
+            )
         return found
 
     def _content_key(self):
@@ -145,7 +172,9 @@ class FileSource(Source):
                     while block := file.read(1 << 22):
                         digest.update(block)
             except OSError as error:
-                raise UserError(f"the data file {path!r} cannot be read: {error}. Mend its permissions or give another file.") from error
+                raise UserError(
+                    f"the data file {path!r} cannot be read: {error}. Mend its permissions or give another file."
+                ) from error
         return digest.hexdigest()
 
 
@@ -163,8 +192,10 @@ class JsonSource(FileSource):
                 with open(path, encoding="utf-8-sig") as file:
                     content = json.load(file)
             except json.JSONDecodeError as error:
-                raise UserError(f"{path}, line {error.lineno}, column {error.colno}: malformed JSON ({error.msg}). The file must "
-                                "be one list of objects; for one object per line use the kind 'jsonl'.") from error
+                raise UserError(
+                    f"{path}, line {error.lineno}, column {error.colno}: malformed JSON ({error.msg}). The file must "
+                    "be one list of objects; for one object per line use the kind 'jsonl'."
+                ) from error
             except UnicodeDecodeError as error:
                 raise UserError(f"{path} is not UTF-8 text ({error}). Convert it to UTF-8.") from error
             if not isinstance(content, list):
@@ -202,8 +233,10 @@ class JsonLinesSource(FileSource):
         try:
             record = json.loads(self._files[file][start:stop].decode("utf-8"))
         except json.JSONDecodeError as error:
-            raise UserError(f"{self._place(i)}, column {error.colno}: malformed JSON ({error.msg}). Every line must "
-                            "be one JSON object.") from error
+            raise UserError(
+                f"{self._place(i)}, column {error.colno}: malformed JSON ({error.msg}). Every line must "
+                "be one JSON object."
+            ) from error
         except UnicodeDecodeError as error:
             raise UserError(f"{self._place(i)} is not UTF-8 text ({error}). Convert the file to UTF-8.") from error
         return self._from_fields(record, self._place(i))
@@ -282,13 +315,17 @@ class ArrayRecordSource(FileSource):
         try:
             return ArrayRecordDataSource(self.paths)
         except Exception as error:
-            raise UserError(f"data source {self.name!r} cannot be read as ArrayRecord: {error}. Write the files again.") from error
+            raise UserError(
+                f"data source {self.name!r} cannot be read as ArrayRecord: {error}. Write the files again."
+            ) from error
 
     def __getitem__(self, i):
         try:
             record = json.loads(self._records[i])
         except (json.JSONDecodeError, UnicodeDecodeError) as error:
-            raise UserError(f"{self._place(i)}: malformed JSON ({error}). Every record must be one JSON object.") from error
+            raise UserError(
+                f"{self._place(i)}: malformed JSON ({error}). Every record must be one JSON object."
+            ) from error
         return self._from_fields(record, self._place(i))
 
 
@@ -300,13 +337,18 @@ class TfdsSource(Source):
         try:
             import tensorflow_datasets as tfds
         except ImportError as error:
-            raise UserError(f"data source {self.name!r} needs the tensorflow-datasets library ({error}). Install it: "
-                            "pip install tensorflow-datasets.") from error
+            raise UserError(
+                f"data source {self.name!r} needs the tensorflow-datasets library ({error}). Install it: "
+                "pip install tensorflow-datasets."
+            ) from error
         path = os.path.expanduser(self.config.path)
         if os.path.isdir(path):
             if not os.path.exists(os.path.join(path, "dataset_info.json")):
-                raise UserError(f"the folder {self.config.path!r} is not a prepared TFDS data set (no dataset_info.json). Give "
-                                "the folder of a version, such as 'DIR/my_dataset/1.0.0', or a data set's name with the option data_dir.")
+                raise UserError(
+                    f"the folder {self.config.path!r} is not a prepared TFDS data set (no dataset_info.json). Give "
+                    "the folder of a version, such as 'DIR/my_dataset/1.0.0', or a data set's name with the option "
+                    "data_dir."
+                )
             return tfds.builder_from_directory(path)
         try:
             builder = tfds.builder(self.config.path, file_format="array_record", **dict(self.config.options))
@@ -314,8 +356,11 @@ class TfdsSource(Source):
             return builder
         except Exception as error:  # an unknown name, no network, a missing optional package
             reason = str(error).strip().splitlines()[0]
-            raise UserError(f"the TFDS data set {self.config.path!r} could not be found or prepared: {reason}. Give a known name with "
-                            "network access, or the folder of a prepared data set.") from error
+            raise UserError(
+                f"the TFDS data set {self.config.path!r} could not be found or prepared: {reason}. Give a known name "
+                "with "
+                "network access, or the folder of a prepared data set."
+            ) from error
 
     def _content_key(self):
         info, split = self._builder.info, self._split()
@@ -326,8 +371,10 @@ class TfdsSource(Source):
     def _split(self):
         splits = self._builder.info.splits
         if self.config.split not in splits:
-            raise UserError(f"data source {self.name!r} has no split {self.config.split!r}; it has {', '.join(splits) or 'none'}. "
-                            "Set the source's split to one of them.")
+            raise UserError(
+                f"data source {self.name!r} has no split {self.config.split!r}; it has {', '.join(splits) or 'none'}. "
+                "Set the source's split to one of them."
+            )
         return splits[self.config.split]
 
     @functools.cached_property
@@ -354,8 +401,15 @@ class ProceduralSource(Source):
         return self._records.score(i, generated)
 
 
-_KINDS = {"json": JsonSource, "jsonl": JsonLinesSource, "text": TextSource, "parquet": ParquetSource,
-          "array_record": ArrayRecordSource, "tfds": TfdsSource, "procedural": ProceduralSource}
+_KINDS = {
+    "json": JsonSource,
+    "jsonl": JsonLinesSource,
+    "text": TextSource,
+    "parquet": ParquetSource,
+    "array_record": ArrayRecordSource,
+    "tfds": TfdsSource,
+    "procedural": ProceduralSource,
+}
 
 
 def open_source(config: SourceConfig) -> Source:

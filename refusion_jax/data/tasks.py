@@ -37,15 +37,20 @@ class Task:
         try:
             import reasoning_gym
         except ImportError as error:
-            raise UserError(f"the procedural task {name!r} needs the reasoning-gym library ({error}). Install it: "
-                            "pip install 'refusion_jax[demo]'.") from error
+            raise UserError(
+                f"the procedural task {name!r} needs the reasoning-gym library ({error}). Install it: "
+                "pip install 'refusion_jax[demo]'."
+            ) from error
         options = dict(options)
         self._pattern = options.pop("query_pattern", "(?s)(.*)")
         try:
             self._data = reasoning_gym.create_dataset(name, size=size, seed=seed, **options)
         except (TypeError, AssertionError, ValueError) as error:
-            raise UserError(f"reasoning-gym cannot make the task {name!r} with options {dict(options)}: {error}. Use one of its data set "
-                            "names (basic_arithmetic, chain_sum, spell_backward, gsm_symbolic, ...) and that set's options.") from error
+            raise UserError(
+                f"reasoning-gym cannot make the task {name!r} with options {dict(options)}: {error}. Use one of its "
+                "data set "
+                "names (basic_arithmetic, chain_sum, spell_backward, gsm_symbolic, ...) and that set's options."
+            ) from error
         self._size = size
 
     def __len__(self) -> int:
@@ -56,7 +61,10 @@ class Task:
         entry = self._data[i]
         query = re.search(self._pattern, entry["question"])
         if query is None:
-            raise UserError(f"query_pattern {self._pattern!r} is not found in the question {entry['question'][:100]!r}. Mend the option.")
+            raise UserError(
+                f"query_pattern {self._pattern!r} is not found in the question {entry['question'][:100]!r}. Mend the "
+                "option."
+            )
         return query.group(1), entry["metadata"].get("answer_cot", entry["answer"])
 
     def score(self, i: int, generated: str) -> float:

@@ -97,7 +97,9 @@ class HuggingFaceTokenizer(Tokenizer):
     """A tokenizer of the `transformers` library; works offline for a folder. Adds the begin and mask tokens when absent."""
 
     def __init__(self, tokenizer, name: str):
-        tokenizer.add_tokens([t for t in (BEGIN_TOKEN, MASK_TOKEN) if t not in tokenizer.get_vocab()], special_tokens=True)
+        tokenizer.add_tokens(
+            [t for t in (BEGIN_TOKEN, MASK_TOKEN) if t not in tokenizer.get_vocab()], special_tokens=True
+        )
         self._tokenizer, self._name = tokenizer, name
         vocab = tokenizer.get_vocab()
         self.vocab_size = max(vocab.values()) + 1
@@ -105,22 +107,35 @@ class HuggingFaceTokenizer(Tokenizer):
         # A base model's tokenizer says "<|endoftext|>" is the end, but a chat turn ends with "<|im_end|>".
         self.eos_id = vocab.get(CHAT_END_TOKEN, tokenizer.eos_token_id)
         if self.eos_id is None:
-            raise UserError(f"tokenizer {name!r} has neither an eos_token nor {CHAT_END_TOKEN!r}: a response could not end. "
-                            "Set eos_token in its tokenizer_config.json.")
+            raise UserError(
+                f"tokenizer {name!r} has neither an eos_token nor {CHAT_END_TOKEN!r}: a response could not end. "
+                "Set eos_token in its tokenizer_config.json."
+            )
         self.pad_id = self.eos_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
         backend = getattr(tokenizer, "backend_tokenizer", None)
-        rules = backend.to_str() if backend is not None else json.dumps(vocab, sort_keys=True) + type(tokenizer).__name__
-        self.fingerprint = hashlib.blake2b(f"{rules}\n{tokenizer.chat_template}\n{self.eos_id}".encode(), digest_size=16).hexdigest()
+        rules = (
+            backend.to_str() if backend is not None else json.dumps(vocab, sort_keys=True) + type(tokenizer).__name__
+        )
+        self.fingerprint = hashlib.blake2b(
+            f"{rules}\n{tokenizer.chat_template}\n{self.eos_id}".encode(), digest_size=16
+        ).hexdigest()
 
     def encode_batch(self, texts):
         return self._tokenizer(list(texts), add_special_tokens=False, split_special_tokens=True)["input_ids"]
 
     def encode_prompts(self, queries):
         if not self._tokenizer.chat_template:
-            raise UserError(f"tokenizer {self._name!r} has no chat template, so a query cannot become a prompt. Add chat_template to "
-                            "its tokenizer_config.json, or train on plain text (an empty query_field).")
-        texts = [self._tokenizer.apply_chat_template([{"role": "user", "content": query}], add_generation_prompt=True, tokenize=False)
-                 for query in queries]
+            raise UserError(
+                f"tokenizer {self._name!r} has no chat template, so a query cannot become a prompt. Add chat_template "
+                "to "
+                "its tokenizer_config.json, or train on plain text (an empty query_field)."
+            )
+        texts = [
+            self._tokenizer.apply_chat_template(
+                [{"role": "user", "content": query}], add_generation_prompt=True, tokenize=False
+            )
+            for query in queries
+        ]
         return self._tokenizer(texts, add_special_tokens=False)["input_ids"]
 
     def decode(self, ids, skip_special_tokens=True):
@@ -148,23 +163,34 @@ def load_tokenizer(spec: str) -> Tokenizer:
     if (folder / BYTES_FILE).exists():
         return ByteTokenizer()
     if folder.is_dir():
-        if not any((folder / f).exists() for f in ("tokenizer.json", "tokenizer_config.json", "vocab.json", "tokenizer.model")):
-            raise UserError(f"the folder {spec!r} holds no tokenizer (no tokenizer.json or tokenizer_config.json). Give a folder with one, "
-                            "a name on the Hugging Face hub, or 'bytes'.")
+        if not any(
+            (folder / f).exists() for f in ("tokenizer.json", "tokenizer_config.json", "vocab.json", "tokenizer.model")
+        ):
+            raise UserError(
+                f"the folder {spec!r} holds no tokenizer (no tokenizer.json or tokenizer_config.json). Give a folder "
+                "with one, "
+                "a name on the Hugging Face hub, or 'bytes'."
+            )
     elif folder.is_absolute() or spec.startswith((".", "~")) or spec.count("/") > 1:
-        raise UserError(f"the tokenizer folder {spec!r} does not exist. Give a folder with a tokenizer.json, a name on the Hugging Face "
-                        "hub such as 'Qwen/Qwen3-0.6B', or 'bytes'.")
+        raise UserError(
+            f"the tokenizer folder {spec!r} does not exist. Give a folder with a tokenizer.json, a name on the "
+            "Hugging Face "
+            "hub such as 'Qwen/Qwen3-0.6B', or 'bytes'."
+        )
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # "PyTorch was not found" is no news here
     try:
         from transformers import AutoTokenizer
     except ImportError as error:
-        raise UserError(f"tokenizer {spec!r} needs the transformers library ({error}). Install it: "
-                        "pip install 'refusion_jax[hf]'.") from error
+        raise UserError(
+            f"tokenizer {spec!r} needs the transformers library ({error}). Install it: pip install 'refusion_jax[hf]'."
+        ) from error
     try:
         tokenizer = AutoTokenizer.from_pretrained(str(folder) if folder.is_dir() else spec)
     except Exception as error:  # OSError, ValueError or one of the hub's own, depending on what is wrong
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         place = "load from this folder" if folder.is_dir() else "download from the Hugging Face hub"
-        raise UserError(f"the tokenizer {spec!r} could not {place}: {reason} Give a folder with a tokenizer.json (a downloaded "
-                        "copy works offline), a valid name with network access, or 'bytes'.") from error
+        raise UserError(
+            f"the tokenizer {spec!r} could not {place}: {reason} Give a folder with a tokenizer.json (a downloaded "
+            "copy works offline), a valid name with network access, or 'bytes'."
+        ) from error
     return HuggingFaceTokenizer(tokenizer, spec)

@@ -55,7 +55,9 @@ def train_flops(config: ModelConfig, tokens: float, token_pairs: float) -> float
       tokens: tokens that count (no padding).
       token_pairs: (query, key) pairs that attend: the sum over examples of n (n + 1) / 2.
     """
-    return 6 * matmul_params(config) * tokens + 12 * config.num_layers * config.num_heads * config.head_dim * token_pairs
+    return (
+        6 * matmul_params(config) * tokens + 12 * config.num_layers * config.num_heads * config.head_dim * token_pairs
+    )
 
 
 def recomputed_flops(config: ModelConfig, tokens: float, token_pairs: float) -> float:

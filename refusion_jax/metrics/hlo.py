@@ -73,7 +73,13 @@ def run_counts(bodies: dict[str, list[str]], *, branches: bool = True) -> dict[s
     for name, lines in bodies.items():
         for line in lines:
             factor = _trip_count(line, bodies) if " while(" in line else 1
-            chosen = [name.strip(" %,") for match in _BRANCHES.findall(line) for part in match if part for name in part.split(",")]
+            chosen = [
+                name.strip(" %,")
+                for match in _BRANCHES.findall(line)
+                for part in match
+                if part
+                for name in part.split(",")
+            ]
             for callee in _CALL.findall(line) + (chosen if branches else []):
                 callers[callee].append((name, factor))
 
@@ -89,16 +95,30 @@ def _trip_count(line: str, bodies: dict[str, list[str]]) -> int:
     known = re.search(r"known_trip_count\D*(\d+)", line)
     if known:
         return int(known.group(1))
-    condition, body = (bodies.get(re.search(rf"{part}=%?([\w.-]+)", line).group(1), []) for part in ("condition", "body"))
-    condition = condition + [inner for outer in condition for callee in _CALL.findall(outer) for inner in bodies.get(callee, [])]
+    condition, body = (
+        bodies.get(re.search(rf"{part}=%?([\w.-]+)", line).group(1), []) for part in ("condition", "body")
+    )
+    condition = condition + [
+        inner for outer in condition for callee in _CALL.findall(outer) for inner in bodies.get(callee, [])
+    ]
     bounds = [int(n) for inner in condition for n in re.findall(r"[su]32\[\]\S* constant\((\d+)\)", inner)]
     compares = [inner for inner in condition if " compare(" in inner]
     if len(bounds) != 1 or len(compares) != 1 or "direction=LT" not in compares[0]:
         return 1
     # The counter is the loop's state number `index`; the body's last line shows what it becomes.
-    counter = next((int(i) for inner in condition for i in re.findall(r"[su]32\[\]\S* get-tuple-element\(.*index=(\d+)", inner)), None)
+    counter = next(
+        (int(i) for inner in condition for i in re.findall(r"[su]32\[\]\S* get-tuple-element\(.*index=(\d+)", inner)),
+        None,
+    )
     define = {match.group(1): inner for inner in body if (match := re.match(r"\s*(?:ROOT )?(%?\S+) = ", inner))}
-    state = next((re.findall(r"%[\w.-]+", inner.split(" tuple(")[1]) for inner in body if inner.lstrip().startswith("ROOT") and " tuple(" in inner), [])
+    state = next(
+        (
+            re.findall(r"%[\w.-]+", inner.split(" tuple(")[1])
+            for inner in body
+            if inner.lstrip().startswith("ROOT") and " tuple(" in inner
+        ),
+        [],
+    )
     new = define.get(state[counter], "") if counter is not None and counter < len(state) else ""
     added = re.findall(r"%[\w.-]+", new.split(" add(")[1]) if " add(" in new else []
     step = next((int(n) for name in added for n in re.findall(r"constant\((\d+)\)", define.get(name, ""))), 1)
@@ -128,7 +148,11 @@ def collective_list(text: str, mesh: Mesh) -> list[Collective]:
             else:
                 shapes = arrays(result)
                 # An asynchronous start names its operand too, and words of state.
-                size = max(array_bytes(*a) for a in shapes) if f"{kind}-start(" in line and kind != "all-reduce" else sum(array_bytes(*a) for a in shapes)
+                size = (
+                    max(array_bytes(*a) for a in shapes)
+                    if f"{kind}-start(" in line and kind != "all-reduce"
+                    else sum(array_bytes(*a) for a in shapes)
+                )
             others = len(group) - 1
             sent = {
                 "all-gather": size * others / len(group),
@@ -139,7 +163,16 @@ def collective_list(text: str, mesh: Mesh) -> list[Collective]:
             }[kind]
             channel = re.search(r"channel_id=(\d+)", line)
             source = re.search(r'op_name="([^"]*)"', line)
-            new = Collective(kind, axes, tuple(arrays(result)), sent, counts[name], not certain[name], False, source.group(1) if source else "")
+            new = Collective(
+                kind,
+                axes,
+                tuple(arrays(result)),
+                sent,
+                counts[name],
+                not certain[name],
+                False,
+                source.group(1) if source else "",
+            )
             key = channel.group(1) if channel else (name, number)
             old = found.get(key)
             found[key] = new if old is None or new.bytes * new.runs > old.bytes * old.runs else old
@@ -155,7 +188,16 @@ def _between_slices(line: str, mesh: Mesh, runs: int, conditional: bool) -> Coll
     shapes = tuple(arrays(line.split(" send(")[0])[:1])
     size = sum(array_bytes(*a) for a in shapes)
     source = re.search(r'_xla_host_transfer_rendezvous="([^"]*)"', line)
-    return Collective(kind, axes, shapes, 2 * size * (count - 1) / count if kind == "all-reduce" else size, runs, conditional, True, source.group(1) if source else "")
+    return Collective(
+        kind,
+        axes,
+        shapes,
+        2 * size * (count - 1) / count if kind == "all-reduce" else size,
+        runs,
+        conditional,
+        True,
+        source.group(1) if source else "",
+    )
 
 
 def _group(line: str, devices: int) -> list[int]:
@@ -171,7 +213,9 @@ def _group(line: str, devices: int) -> list[int]:
         shape = [int(i) for i in iota.group(3).split(",")]
         order = [int(i) for i in iota.group(4).split(",")] if iota.group(4) else range(len(shape))
         return list(np.arange(devices).reshape(shape).transpose(order).reshape(-1)[: int(iota.group(2))])
-    named = re.search(r"replica_groups=mesh\[([^\]]*)\](?:, device_ids=\(\[([\d,]+)\](?:T\(([\d,]+)\))?\))? \{([^}]*)\}", line)
+    named = re.search(
+        r"replica_groups=mesh\[([^\]]*)\](?:, device_ids=\(\[([\d,]+)\](?:T\(([\d,]+)\))?\))? \{([^}]*)\}", line
+    )
     if named:
         sizes = {n: int(s) for n, s in re.findall(r"'([^']+)'=(\d+)", named.group(1))}
         ids = np.arange(devices)

@@ -23,8 +23,12 @@ def train_bytes(config: ModelConfig, tokens: float, microbatches: int, shards: i
     """
     c, d, h = config, config.hidden_size, config.head_dim
     optimizer = 34 * c.num_params() / shards  # read p, m, v, g; write p, m, v, g in float32, and p in bfloat16
-    weights = 2 * 7 * c.num_params() / tensor  # gathered, read, again for the backward pass, read twice; gradients written
-    layer = 6 * d + (4 * c.num_heads * h + 6 * c.num_kv_heads * h + 6 * c.intermediate_size) / tensor  # inputs and outputs of its products
+    weights = (
+        2 * 7 * c.num_params() / tensor
+    )  # gathered, read, again for the backward pass, read twice; gradients written
+    layer = (
+        6 * d + (4 * c.num_heads * h + 6 * c.num_kv_heads * h + 6 * c.intermediate_size) / tensor
+    )  # inputs and outputs of its products
     passes = 3 if c.remat == "none" else 4  # forward, again, and two products per product backward
     logits = 4 * 6 * c.vocab_size / tensor
     return optimizer + microbatches * weights + tokens * (2 * passes * c.num_layers * layer + logits)
@@ -58,7 +62,9 @@ def axis_bandwidth(mesh: Mesh, axes: tuple[str, ...], chip: Chip) -> float:
     return chip.link * max(links, 1)  # the two devices of one chip talk faster than over a link
 
 
-def estimate(mesh: Mesh, kind: str, flops: float, memory_bytes: float, collectives: list[Collective]) -> dict[str, object]:
+def estimate(
+    mesh: Mesh, kind: str, flops: float, memory_bytes: float, collectives: list[Collective]
+) -> dict[str, object]:
     """Seconds of each limit, and the largest of them with its name.
 
     Args:
@@ -74,11 +80,15 @@ def estimate(mesh: Mesh, kind: str, flops: float, memory_bytes: float, collectiv
     chip = CHIPS.get(kind)
     if chip is None:
         return {}
-    rate = functools.cache(lambda axes, between_slices: chip.network if between_slices else axis_bandwidth(mesh, axes, chip))
+    rate = functools.cache(
+        lambda axes, between_slices: chip.network if between_slices else axis_bandwidth(mesh, axes, chip)
+    )
     seconds = {
         "compute": flops / chip.peak_flops,
         "memory": memory_bytes / chip.bandwidth,
-        "interconnect": math.fsum(c.bytes * c.runs / rate(c.axes, c.between_slices) for c in collectives if not c.conditional),
+        "interconnect": math.fsum(
+            c.bytes * c.runs / rate(c.axes, c.between_slices) for c in collectives if not c.conditional
+        ),
     }
     limit = max(seconds, key=seconds.get)
     return {**seconds, "step": seconds[limit], "limit": limit}

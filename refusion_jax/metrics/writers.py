@@ -25,13 +25,19 @@ class Metrics:
         path = folder / "metrics.jsonl"
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            kept = [line for line in path.read_text().splitlines(keepends=True) if _step_of(line) <= step] if path.exists() else []
+            kept = (
+                [line for line in path.read_text().splitlines(keepends=True) if _step_of(line) <= step]
+                if path.exists()
+                else []
+            )
             part = path.with_suffix(".part")
             part.write_text("".join(kept))
             part.replace(path)
             self._file = path.open("a")
         except OSError as error:
-            raise UserError(f"Cannot write {path}: {error.strerror or error}. Choose a --workdir that can be written and has room.") from None
+            raise UserError(
+                f"Cannot write {path}: {error.strerror or error}. Choose a --workdir that can be written and has room."
+            ) from None
         try:
             from tensorboardX import SummaryWriter
 
@@ -53,7 +59,10 @@ class Metrics:
             for name, value in values.items() if self._board else ():
                 self._board.add_scalar(f"{kind}/{name}", value, step)
         except OSError as error:
-            raise UserError(f"Cannot write {self._file.name}: {error.strerror or error}. Make room, then start again with the same --workdir.") from None
+            raise UserError(
+                f"Cannot write {self._file.name}: {error.strerror or error}. Make room, then start again with the "
+                "same --workdir."
+            ) from None
 
     def close(self) -> None:
         for stream in (self._file, self._board):
@@ -80,7 +89,13 @@ class Progress:
         """Shows the step, the given values and the seconds left."""
         if not self._enabled:
             return
-        text = "  ".join([f"step {step}/{self._total}", *(f"{name} {_short(name, value)}" for name, value in values.items()), f"eta {_clock(eta)}"])
+        text = "  ".join(
+            [
+                f"step {step}/{self._total}",
+                *(f"{name} {_short(name, value)}" for name, value in values.items()),
+                f"eta {_clock(eta)}",
+            ]
+        )
         print(f"\r{text}\033[K" if self._live else text, end="" if self._live else "\n", flush=True)
 
     def say(self, text: str) -> None:

@@ -65,7 +65,9 @@ def segment_attention(q: jax.Array, k: jax.Array, v: jax.Array, segment_ids: jax
         x = jnp.pad(x, [(0, pad if a == axis else 0) for a in range(x.ndim)])
         return jnp.moveaxis(x.reshape(*x.shape[:axis], chunks, QUERY_CHUNK, *x.shape[axis + 1 :]), axis, 0)
 
-    out = jax.lax.map(lambda chunk: jax.checkpoint(attend)(*chunk), (split(q, 1), split(segment_ids, 1), split(index, 0)))
+    out = jax.lax.map(
+        lambda chunk: jax.checkpoint(attend)(*chunk), (split(q, 1), split(segment_ids, 1), split(index, 0))
+    )
     return jnp.moveaxis(out, 0, 1).reshape(q.shape[0], chunks * QUERY_CHUNK, *q.shape[2:])[:, :length]
 
 
@@ -109,7 +111,9 @@ class CachedAttention:
         if window_mask is None:
             window_mask = jnp.broadcast_to(jnp.tri(window, dtype=bool), (cache.length.size, window, window))
         chunks = -(-jnp.max(cache.length) // KEY_CHUNK)
-        return cls(k=cache.k, v=cache.v, length=cache.length, chunks=chunks, window_mask=window_mask, layer=jnp.int32(0))
+        return cls(
+            k=cache.k, v=cache.v, length=cache.length, chunks=chunks, window_mask=window_mask, layer=jnp.int32(0)
+        )
 
     def attend(self, q, k, v):
         """q [B, T, N, H], k and v [B, T, K, H] -> ([B, T, N, H], self with the window written)."""
@@ -124,11 +128,16 @@ class CachedAttention:
         def accumulate(carry, k, v, mask):
             """One more chunk of keys [B, K, S, H] under mask [B, T, S]: the running softmax."""
             top, total, out = carry  # [B, K, G, T], the same, [B, K, G, T, H] in float32
-            scores = jnp.einsum("BTKGH,BKSH->BKGTS", grouped, k.astype(q.dtype), preferred_element_type=jnp.float32) * dim**-0.5
+            scores = (
+                jnp.einsum("BTKGH,BKSH->BKGTS", grouped, k.astype(q.dtype), preferred_element_type=jnp.float32)
+                * dim**-0.5
+            )
             scores = jnp.where(mask[:, None, None], scores, jnp.finfo(jnp.float32).min)
             new_top = jnp.maximum(top, scores.max(axis=-1))
             weights, old = jnp.exp(scores - new_top[..., None]), jnp.exp(top - new_top)
-            part = jnp.einsum("BKGTS,BKSH->BKGTH", weights.astype(q.dtype), v.astype(q.dtype), preferred_element_type=jnp.float32)
+            part = jnp.einsum(
+                "BKGTS,BKSH->BKGTH", weights.astype(q.dtype), v.astype(q.dtype), preferred_element_type=jnp.float32
+            )
             return new_top, total * old + weights.sum(axis=-1), out * old[..., None] + part
 
         def committed(i, carry):

@@ -45,7 +45,15 @@ class ModelConfig:
     def __post_init__(self):
         if not self.logical_vocab_size:
             object.__setattr__(self, "logical_vocab_size", self.vocab_size)
-        for name in ("vocab_size", "hidden_size", "intermediate_size", "num_layers", "num_heads", "num_kv_heads", "head_dim"):
+        for name in (
+            "vocab_size",
+            "hidden_size",
+            "intermediate_size",
+            "num_layers",
+            "num_heads",
+            "num_kv_heads",
+            "head_dim",
+        ):
             if getattr(self, name) < 1:
                 raise UserError(f"model.{name} is {getattr(self, name)}; it must be at least 1.")
         if self.num_heads % self.num_kv_heads:
@@ -57,7 +65,8 @@ class ModelConfig:
             raise UserError(f"model.head_dim = {self.head_dim} is odd; rotary embeddings need an even one.")
         if self.logical_vocab_size > self.vocab_size:
             raise UserError(
-                f"model.logical_vocab_size = {self.logical_vocab_size} is larger than the table, model.vocab_size = {self.vocab_size}; "
+                f"model.logical_vocab_size = {self.logical_vocab_size} is larger than the table, model.vocab_size = "
+                f"{self.vocab_size}; "
                 "use a model whose table has a row for every id of the tokenizer."
             )
         for name, allowed in (("dtype", DTYPES), ("attention", ATTENTION), ("remat", REMAT)):
@@ -66,11 +75,25 @@ class ModelConfig:
         for name in ("mask_token_id", "begin_token_id", "eos_token_id", "pad_token_id"):
             value = getattr(self, name)
             if value is not None and not 0 <= value < self.logical_vocab_size:
-                raise UserError(f"model.{name} = {value} is outside the vocabulary of {self.logical_vocab_size} ids; use the tokenizer the model was made for.")
+                raise UserError(
+                    f"model.{name} = {value} is outside the vocabulary of {self.logical_vocab_size} ids; use the "
+                    "tokenizer the model was made for."
+                )
 
     def architecture(self) -> dict[str, Any]:
         """The fields that the parameters' shapes and meaning depend on: what two checkpoints must agree on."""
-        names = ("vocab_size", "hidden_size", "intermediate_size", "num_layers", "num_heads", "num_kv_heads", "head_dim", "tie_embeddings", "rope_theta", "rms_norm_eps")
+        names = (
+            "vocab_size",
+            "hidden_size",
+            "intermediate_size",
+            "num_layers",
+            "num_heads",
+            "num_kv_heads",
+            "head_dim",
+            "tie_embeddings",
+            "rope_theta",
+            "rms_norm_eps",
+        )
         return {name: getattr(self, name) for name in names}
 
     def num_params(self) -> int:
@@ -124,14 +147,25 @@ def from_huggingface(source: dict[str, Any] | str | pathlib.Path) -> ModelConfig
         try:
             source = json.loads(pathlib.Path(source).read_text())
         except OSError as error:
-            raise UserError(f"Cannot read the model's config {where}: {error.strerror or error}. Point at a folder with a config.json.") from None
+            raise UserError(
+                f"Cannot read the model's config {where}: {error.strerror or error}. Point at a folder with a "
+                "config.json."
+            ) from None
         except json.JSONDecodeError as error:
-            raise UserError(f"{where} is not valid JSON (line {error.lineno}: {error.msg}); download or export it again.") from None
+            raise UserError(
+                f"{where} is not valid JSON (line {error.lineno}: {error.msg}); download or export it again."
+            ) from None
     if source.get("model_type") != "qwen3":
-        raise UserError(f"{where} describes a model of type {source.get('model_type')!r} ({source.get('architectures')}); only the dense Qwen3 decoder (model_type 'qwen3') can be read.")
+        raise UserError(
+            f"{where} describes a model of type {source.get('model_type')!r} ({source.get('architectures')}); only "
+            "the dense Qwen3 decoder (model_type 'qwen3') can be read."
+        )
     rope = source.get("rope_parameters") or source.get("rope_scaling") or {}
     if rope.get("rope_type", rope.get("type", "default")) != "default":
-        raise UserError(f"{where} asks for scaled rotary embeddings ({rope}); only the default kind is supported. Remove the scaling to use the model at its native length.")
+        raise UserError(
+            f"{where} asks for scaled rotary embeddings ({rope}); only the default kind is supported. Remove the "
+            "scaling to use the model at its native length."
+        )
     if source.get("attention_bias"):
         raise UserError(f"{where} has attention_bias = true; Qwen3 checkpoints without biases are supported.")
     theta = source.get("rope_theta", rope.get("rope_theta"))

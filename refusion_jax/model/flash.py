@@ -38,20 +38,41 @@ def choose(implementation: str, platform: str, kind: str, length: int, head_dim:
     Raises:
       UserError: an implementation was named that cannot run with this device or these shapes.
     """
-    splash = None if length % LANES == 0 and head_dim % LANES == 0 else f"length {length} and head_dim {head_dim} to be multiples of {LANES}"
-    cudnn = None if dtype in ("bfloat16", "float16") and head_dim % 8 == 0 and head_dim <= 128 else "bfloat16 and a head_dim that is a multiple of 8, at most 128"
+    splash = (
+        None
+        if length % LANES == 0 and head_dim % LANES == 0
+        else f"length {length} and head_dim {head_dim} to be multiples of {LANES}"
+    )
+    cudnn = (
+        None
+        if dtype in ("bfloat16", "float16") and head_dim % 8 == 0 and head_dim <= 128
+        else "bfloat16 and a head_dim that is a multiple of 8, at most 128"
+    )
     if platform in ("cuda", "rocm"):
         platform = "gpu"
     if implementation == "auto":
         # cuDNN loses to XLA's fused kernels on short rows.
-        chosen = "splash" if platform == "tpu" and not splash else "cudnn" if platform == "gpu" and not cudnn and length >= 1024 else "xla"
+        chosen = (
+            "splash"
+            if platform == "tpu" and not splash
+            else "cudnn"
+            if platform == "gpu" and not cudnn and length >= 1024
+            else "xla"
+        )
         if jax.process_index() == 0:
             print(f"attention: {chosen} (auto; {kind}, length {length}, head_dim {head_dim}, {dtype})", flush=True)
         return chosen
     # On a CPU splash runs interpreted, for tests.
-    needs = {"xla": None, "splash": splash if platform in ("tpu", "cpu") else "a TPU", "cudnn": cudnn if platform == "gpu" else "an NVIDIA GPU"}
+    needs = {
+        "xla": None,
+        "splash": splash if platform in ("tpu", "cpu") else "a TPU",
+        "cudnn": cudnn if platform == "gpu" else "an NVIDIA GPU",
+    }
     if needs[implementation]:
-        raise UserError(f"model.attention = {implementation!r} needs {needs[implementation]} (this is {kind}, {dtype}). Use model.attention = 'auto' or 'xla'.")
+        raise UserError(
+            f"model.attention = {implementation!r} needs {needs[implementation]} (this is {kind}, {dtype}). Use "
+            "model.attention = 'auto' or 'xla'."
+        )
     return implementation
 
 
@@ -61,9 +82,15 @@ def per_device(attention: Callable, q: jax.Array, k: jax.Array, v: jax.Array, se
         return attention(q, k, v, segment_ids)
     queries, keys, rows = (
         nn.logical_to_mesh_axes(axes)
-        for axes in (("batch", "length", "heads", "head_dim"), ("batch", "length", "kv_heads", "head_dim"), ("batch", "length"))
+        for axes in (
+            ("batch", "length", "heads", "head_dim"),
+            ("batch", "length", "kv_heads", "head_dim"),
+            ("batch", "length"),
+        )
     )
-    return jax.shard_map(attention, in_specs=(queries, keys, keys, rows), out_specs=queries, check_vma=False)(q, k, v, segment_ids)
+    return jax.shard_map(attention, in_specs=(queries, keys, keys, rows), out_specs=queries, check_vma=False)(
+        q, k, v, segment_ids
+    )
 
 
 def splash(q: jax.Array, k: jax.Array, v: jax.Array, segment_ids: jax.Array, *, interpret: bool = False) -> jax.Array:

@@ -72,7 +72,9 @@ class RMSNorm(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        scale = self.param("scale", nn.with_logical_partitioning(nn.initializers.ones, ("norm",)), (x.shape[-1],), jnp.float32)
+        scale = self.param(
+            "scale", nn.with_logical_partitioning(nn.initializers.ones, ("norm",)), (x.shape[-1],), jnp.float32
+        )
         return rms_norm(x, scale, self.epsilon)
 
 
@@ -132,7 +134,9 @@ class Block(nn.Module):
         """carry = (x [B, T, D], attention context) -> (carry, None)."""
         x, context = carry
         epsilon = self.config.rms_norm_eps
-        y, context = Attention(self.config, name="attention")(RMSNorm(epsilon, name="attention_norm")(x), angles, context)
+        y, context = Attention(self.config, name="attention")(
+            RMSNorm(epsilon, name="attention_norm")(x), angles, context
+        )
         x = nn.with_logical_constraint(x + y, ("batch", "length", "hidden"))
         x = x + SwiGLU(self.config, name="mlp")(RMSNorm(epsilon, name="mlp_norm")(x))
         x = nn.with_logical_constraint(x, ("batch", "length", "hidden"))

@@ -86,7 +86,9 @@ class Qwen3(nn.Module):
 def init_params(config: ModelConfig, key: jax.Array) -> dict:
     """Random parameters, as boxed arrays that carry their logical axis names (`nn.unbox` for plain ones)."""
     tokens = jnp.zeros((1, 1), jnp.int32)
-    config = dataclasses.replace(config, attention="xla")  # parameters do not depend on it, and one token suits no kernel
+    config = dataclasses.replace(
+        config, attention="xla"
+    )  # parameters do not depend on it, and one token suits no kernel
     return Qwen3(config).init(key, tokens, tokens)["params"]
 
 

@@ -16,7 +16,9 @@ class TokenLoss:
     correct: jax.Array
 
 
-def token_loss(hidden: jax.Array, table: jax.Array, targets: jax.Array, *, logical_vocab_size: int, chunk: int) -> TokenLoss:
+def token_loss(
+    hidden: jax.Array, table: jax.Array, targets: jax.Array, *, logical_vocab_size: int, chunk: int
+) -> TokenLoss:
     """Cross-entropy of every token's target under softmax(hidden @ table.T), in float32.
 
     Works through the length in chunks under remat: at most [batch, chunk, vocab] logits exist, forward or backward.

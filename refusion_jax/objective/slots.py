@@ -114,7 +114,9 @@ def corrupt(key: jax.Array, batch: PackedBatch, config: ObjectiveConfig, mask_to
 
     # Per example: slot size and masking level, gathered to its tokens.
     keys = jax.vmap(jax.vmap(lambda i: jax.random.fold_in(key, i)))(batch.example_ids)
-    size_key, level_key, mask_key, order_key = jnp.moveaxis(jax.vmap(jax.vmap(lambda k: jax.random.split(k, 4)))(keys), -1, 0)
+    size_key, level_key, mask_key, order_key = jnp.moveaxis(
+        jax.vmap(jax.vmap(lambda k: jax.random.split(k, 4)))(keys), -1, 0
+    )
     sizes = jnp.asarray(config.slot_sizes, jnp.int32)
     size = sizes[jax.vmap(jax.vmap(lambda k: jax.random.randint(k, (), 0, len(config.slot_sizes))))(size_key)]
     t = jax.vmap(jax.vmap(jax.random.uniform))(level_key)
@@ -141,7 +143,10 @@ def corrupt(key: jax.Array, batch: PackedBatch, config: ObjectiveConfig, mask_to
     group = jnp.where(padding, 3, jnp.where(masked, 2, jnp.where(clean, 1, 0)))
     segment_order = jnp.where(padding, jnp.iinfo(jnp.int32).max, where.segment_ids)
     *_, order = jax.lax.sort(
-        (segment_order, group, jnp.where(clean, order_draw, 0.0), jnp.where(clean, slot, 0), index), dimension=1, is_stable=True, num_keys=4
+        (segment_order, group, jnp.where(clean, order_draw, 0.0), jnp.where(clean, slot, 0), index),
+        dimension=1,
+        is_stable=True,
+        num_keys=4,
     )
     moved = lambda values: jnp.take_along_axis(values, order, axis=1)
 
@@ -191,7 +196,9 @@ def loss_terms(*, ar, mdm, q, response_length, segment_ids, examples, config: Ob
 def _count_in_segment(chosen: jax.Array, segment_ids: jax.Array) -> jax.Array:
     """[batch, length] bool -> for every token the number of chosen ones in its segment. A row is one sum by segment."""
     length = chosen.shape[1]
-    counts = jax.vmap(lambda c, s: jax.ops.segment_sum(c.astype(jnp.int32), s, num_segments=length + 1))(chosen, segment_ids)
+    counts = jax.vmap(lambda c, s: jax.ops.segment_sum(c.astype(jnp.int32), s, num_segments=length + 1))(
+        chosen, segment_ids
+    )
     return jnp.take_along_axis(counts, segment_ids, axis=1)
 
 

@@ -145,7 +145,9 @@ def _explicit(
             "JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID)."
         )
     if not re.fullmatch(r".+:\d+", given["coordinator"]):
-        raise UserError(f'coordinator is "{given["coordinator"]}"; it must be host:port of process 0, such as 10.0.0.1:8476.')
+        raise UserError(
+            f'coordinator is "{given["coordinator"]}"; it must be host:port of process 0, such as 10.0.0.1:8476.'
+        )
     try:
         count, index = int(given["num_processes"]), int(given["process_id"])
     except ValueError:
@@ -154,9 +156,16 @@ def _explicit(
             "both must be whole numbers."
         ) from None
     if not 0 <= index < count:
-        raise UserError(f"process_id is {index}, num_processes is {count}: process ids run from 0 to num_processes - 1.")
+        raise UserError(
+            f"process_id is {index}, num_processes is {count}: process ids run from 0 to num_processes - 1."
+        )
     # An empty list of devices means all that are visible, and keeps JAX from looking for a cluster.
-    return {"coordinator_address": given["coordinator"], "num_processes": count, "process_id": index, "local_device_ids": []}
+    return {
+        "coordinator_address": given["coordinator"],
+        "num_processes": count,
+        "process_id": index,
+        "local_device_ids": [],
+    }
 
 
 def _slurm(environ: Mapping[str, str]) -> dict | None:
@@ -238,7 +247,9 @@ def _deadline(seconds: float, message: str):
     """Ends the process when the body takes longer: JAX's connect cannot be interrupted, and aborts without the address."""
 
     def expire():
-        hint = "Check that all processes run with this address and this number of processes, and no firewall is between."
+        hint = (
+            "Check that all processes run with this address and this number of processes, and no firewall is between."
+        )
         print(f"error: {message}. {hint}", file=sys.stderr, flush=True)
         os._exit(2)
 
@@ -261,4 +272,8 @@ def _flatten(tree: object, prefix: str = "") -> dict[str, str]:
     if not isinstance(tree, dict | list):
         return {prefix: json.dumps(tree)}
     items = tree.items() if isinstance(tree, dict) else enumerate(tree)
-    return {name: value for key, child in items for name, value in _flatten(child, f"{prefix}.{key}" if prefix else str(key)).items()}
+    return {
+        name: value
+        for key, child in items
+        for name, value in _flatten(child, f"{prefix}.{key}" if prefix else str(key)).items()
+    }

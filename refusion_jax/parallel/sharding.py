@@ -49,7 +49,10 @@ def check_model(config: ModelConfig, mesh: Mesh) -> None:
     ):
         value = getattr(config, name)
         if value % size:
-            raise UserError(f"The mesh axis {axis} = {size} does not divide model.{name} = {value}. Choose a config.mesh.{axis} that does.")
+            raise UserError(
+                f"The mesh axis {axis} = {size} does not divide model.{name} = {value}. Choose a config.mesh.{axis} "
+                "that does."
+            )
 
 
 def abstract_params(config: ModelConfig) -> dict:
@@ -65,7 +68,11 @@ def param_specs(config: ModelConfig, rules: Rules) -> dict:
 def param_shardings(config: ModelConfig, mesh: Mesh, rules: Rules) -> dict:
     """Tree of NamedShardings of the (unboxed) parameters."""
     check_model(config, mesh)
-    return jax.tree.map(lambda spec: NamedSharding(mesh, spec), param_specs(config, rules), is_leaf=lambda x: isinstance(x, PartitionSpec))
+    return jax.tree.map(
+        lambda spec: NamedSharding(mesh, spec),
+        param_specs(config, rules),
+        is_leaf=lambda x: isinstance(x, PartitionSpec),
+    )
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:

@@ -115,7 +115,8 @@ class _Watch:
         if not kind:
             self._stop(
                 "gone",
-                f"process {index} (host {link.host}) ended without a word: killed, out of memory, or its machine is down. "
+                f"process {index} (host {link.host}) ended without a word: killed, out of memory, or its machine is "
+                "down. "
                 "Look at its log; start the job again with the same --workdir to resume from the last checkpoint.",
             )
 
@@ -145,7 +146,11 @@ def _connect() -> dict[int, _Link]:
         store, address = global_state.client, global_state.coordinator_address.rsplit(":", 1)[0].strip("[]")
         return _accept(store) if jax.process_index() == 0 else {0: _call(store, address)}
     except (ImportError, AttributeError, RuntimeError, OSError) as error:
-        print(f"process {jax.process_index()}: no connection that tells why another process ends ({error}), JAX alone will", flush=True)
+        print(
+            f"process {jax.process_index()}: no connection that tells why another process ends ({error}), JAX alone "
+            "will",
+            flush=True,
+        )
         return {}
 
 
@@ -166,7 +171,9 @@ def _accept(store: object) -> dict[int, _Link]:
         except TimeoutError:
             for link in links.values():
                 link.send("done")
-            raise OSError(f"{len(links)} of {jax.process_count() - 1} processes called within {CONNECT_TIMEOUT} s") from None
+            raise OSError(
+                f"{len(links)} of {jax.process_count() - 1} processes called within {CONNECT_TIMEOUT} s"
+            ) from None
     return links
 
 

@@ -46,7 +46,16 @@ class Autoregressive:
         )  # fmt: skip
         return State(cache=KVCache.empty(self.model, batch, cache_length), rows=rows)
 
-    def prefill(self, params: dict, state: State, settings: Settings, rows: jax.Array, prompts: jax.Array, lengths: jax.Array, keys: jax.Array) -> State:
+    def prefill(
+        self,
+        params: dict,
+        state: State,
+        settings: Settings,
+        rows: jax.Array,
+        prompts: jax.Array,
+        lengths: jax.Array,
+        keys: jax.Array,
+    ) -> State:
         """Puts new prompts into rows of the batch and decodes their first token; arguments as in `PlanAndInfill`."""
         count, padded = prompts.shape
         fresh = self.empty(count, padded)
@@ -65,10 +74,14 @@ class Autoregressive:
         hidden, cache = Qwen3(self.model).apply({"params": params}, tokens, positions, cache=state.cache)
         return State(cache.commit(~rows.done), self.advance(params, rows, hidden, 1, settings))
 
-    def advance(self, params: dict, rows: Row, hidden: jax.Array, forwarded: jax.Array | int, settings: Settings) -> Row:
+    def advance(
+        self, params: dict, rows: Row, hidden: jax.Array, forwarded: jax.Array | int, settings: Settings
+    ) -> Row:
         """Appends the token that follows from hidden states [batch, 1, hidden]."""
         keys = jax.vmap(jax.random.fold_in)(rows.key, rows.count)
-        token = reduce_logits(self.model, params, hidden, jnp.zeros((len(keys), 1), jnp.int32), keys[:, None], settings).draft
+        token = reduce_logits(
+            self.model, params, hidden, jnp.zeros((len(keys), 1), jnp.int32), keys[:, None], settings
+        ).draft
         at = jnp.where(rows.done, self.length, rows.count)[:, None]
         tokens = rows.tokens.at[jnp.arange(len(at))[:, None], at].set(token, mode="drop")
         active = ~rows.done

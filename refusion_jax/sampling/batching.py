@@ -31,7 +31,9 @@ def make_sampler(model: ModelConfig, config: SamplerConfig, batch_size: int) -> 
     free = 0 if flash.platform()[0] == "cpu" else FREE_TOKENS // batch_size
     tokens = {"off": 0, "auto": free, "on": max(FREE_TOKENS, 2 * n * k)}[config.speculate]
     chunks = max(n, (config.window or tokens) // k) if carry else n
-    return PlanAndInfill(model, slots=n, slot_size=k, blocks=config.blocks, chunks=chunks, carry_plan=carry, carry_guesses=carry)
+    return PlanAndInfill(
+        model, slots=n, slot_size=k, blocks=config.blocks, chunks=chunks, carry_plan=carry, carry_guesses=carry
+    )
 
 
 @functools.partial(jax.jit, static_argnames=("sampler", "batch", "cache_length"))
@@ -115,7 +117,8 @@ def stream(
     longest = max(map(len, prompts), default=0)
     if max_prompt_length and longest > max_prompt_length:
         raise UserError(
-            f"Prompt {[len(p) > max_prompt_length for p in prompts].index(True)} has {longest} tokens, more than the cache has room for "
+            f"Prompt {[len(p) > max_prompt_length for p in prompts].index(True)} has {longest} tokens, more than the "
+            "cache has room for "
             f"beside the answer (max_prompt_length {max_prompt_length}); shorten it or raise max_prompt_length."
         )
     shards = mesh.shape["data"] * mesh.shape["fsdp"] if mesh else 1
@@ -145,12 +148,19 @@ def stream(
                 spare = shards - len(rows)
                 lengths = np.array([len(prompts[i]) for i in taken] + [1] * spare)
                 keys = jax.vmap(jax.random.fold_in, (None, 0))(root, np.array(taken + [0] * spare))
-                state = prefill(sampler, params, state, settings, np.array(rows + [batch] * spare), padded, lengths, keys)
+                state = prefill(
+                    sampler, params, state, settings, np.array(rows + [batch] * spare), padded, lengths, keys
+                )
                 report.prefills += 1
             idle = sum(prompt is None for prompt in owner)
             state, steps = run(sampler, params, state, settings, every or 2**30, idle + 1)
             report.steps += int(steps)
-            rows = jax.device_get({name: getattr(state.rows, name) for name in ("done", "count", "tokens", "offsets", "rounds", "forwards", "tokens_forwarded")})
+            rows = jax.device_get(
+                {
+                    name: getattr(state.rows, name)
+                    for name in ("done", "count", "tokens", "offsets", "rounds", "forwards", "tokens_forwarded")
+                }
+            )
             for row, index in enumerate(owner):
                 finished = bool(rows["done"][row])
                 if index is None or not (finished or every):
@@ -160,7 +170,9 @@ def stream(
                 yield Generation.of(index, {name: value[row] for name, value in rows.items()}, model.eos_token_id)
 
 
-def generate(params: dict, model: ModelConfig, config: SamplerConfig, prompts: Sequence[Sequence[int]], **options) -> list[Generation]:
+def generate(
+    params: dict, model: ModelConfig, config: SamplerConfig, prompts: Sequence[Sequence[int]], **options
+) -> list[Generation]:
     """The answers to all prompts, in their order. Arguments as for `stream`."""
     answers = [answer for answer in stream(params, model, config, prompts, **options) if answer.finished]
     return sorted(answers, key=lambda answer: answer.index)

@@ -54,12 +54,15 @@ class SamplerConfig:
                 raise UserError(f"{name} is {getattr(self, name)!r}; choose one of {', '.join(allowed)}.")
         if self.method == "plan_and_infill" and self.slots % self.blocks:
             raise UserError(
-                f"gen_length {self.slots * self.slot_size} (rounded up to whole slots) in {self.blocks} blocks leaves blocks that are no multiple of "
+                f"gen_length {self.slots * self.slot_size} (rounded up to whole slots) in {self.blocks} blocks leaves "
+                "blocks that are no multiple of "
                 f"slot_size {self.slot_size}; choose blocks that divide {self.slots} slots, or another gen_length."
             )
         for name in ("slot_threshold", "token_threshold"):
             if not 0 <= getattr(self, name) <= 1:
-                raise UserError(f"{name} is {getattr(self, name)}; it is compared with a probability and must lie in [0, 1].")
+                raise UserError(
+                    f"{name} is {getattr(self, name)}; it is compared with a probability and must lie in [0, 1]."
+                )
         if not self.temperature >= 0:
             raise UserError(f"temperature is {self.temperature}; it must be 0 (greedy) or above.")
         if self.top_k < 0:
@@ -149,10 +152,14 @@ class Generation:
 def check_prompts(prompts: Sequence[Sequence[int]], model: ModelConfig, sampler: SamplerConfig) -> None:
     """Raises a UserError that names the first prompt that cannot be decoded, or what the model lacks."""
     if model.eos_token_id is None:
-        raise UserError("The model has no end-of-sequence token (eos_token_id is not set); decode with a tokenizer or a checkpoint that names it.")
+        raise UserError(
+            "The model has no end-of-sequence token (eos_token_id is not set); decode with a tokenizer or a "
+            "checkpoint that names it."
+        )
     if sampler.method == "plan_and_infill" and model.mask_token_id is None:
         raise UserError(
-            "The model has no mask token (mask_token_id is not set), so it cannot plan. Use a checkpoint trained with the ReFusion objective, "
+            "The model has no mask token (mask_token_id is not set), so it cannot plan. Use a checkpoint trained "
+            "with the ReFusion objective, "
             "or method='autoregressive'."
         )
     for index, prompt in enumerate(prompts):
@@ -162,12 +169,19 @@ def check_prompts(prompts: Sequence[Sequence[int]], model: ModelConfig, sampler:
         ids = np.asarray(prompt)
         bad = ids[(ids < 0) | (ids >= model.logical_vocab_size)]
         if bad.size:
-            raise UserError(f"{where} contains id {bad[0]}, outside the model's vocabulary of {model.logical_vocab_size} ids; use the tokenizer the model was trained with.")
+            raise UserError(
+                f"{where} contains id {bad[0]}, outside the model's vocabulary of {model.logical_vocab_size} ids; use "
+                "the tokenizer the model was trained with."
+            )
         if model.mask_token_id is not None and (ids == model.mask_token_id).any():
-            raise UserError(f"{where} contains the mask token (id {model.mask_token_id}) at index {int((ids == model.mask_token_id).argmax())}; remove it, only responses are masked.")
+            raise UserError(
+                f"{where} contains the mask token (id {model.mask_token_id}) at index "
+                f"{int((ids == model.mask_token_id).argmax())}; remove it, only responses are masked."
+            )
         total = len(prompt) + sampler.length
         if total > model.max_position_embeddings:
             raise UserError(
-                f"{where} has {len(prompt)} tokens; with gen_length {sampler.length} that is {total} positions, more than the model's "
+                f"{where} has {len(prompt)} tokens; with gen_length {sampler.length} that is {total} positions, more "
+                "than the model's "
                 f"{model.max_position_embeddings}. Shorten the prompt or gen_length."
             )

@@ -121,7 +121,16 @@ class PlanAndInfill:
         )  # fmt: skip
         return State(cache=KVCache.empty(self.model, batch, cache_length), rows=rows)
 
-    def prefill(self, params: dict, state: State, settings: Settings, rows: jax.Array, prompts: jax.Array, lengths: jax.Array, keys: jax.Array) -> State:
+    def prefill(
+        self,
+        params: dict,
+        state: State,
+        settings: Settings,
+        rows: jax.Array,
+        prompts: jax.Array,
+        lengths: jax.Array,
+        keys: jax.Array,
+    ) -> State:
         """Puts new prompts into rows of the batch; the forward over the prompts carries their first plan.
 
         Args:
@@ -132,11 +141,17 @@ class PlanAndInfill:
         """
         count, padded = prompts.shape
         fresh = self.empty(count, padded + self.window)
-        fresh = fresh.replace(rows=fresh.rows.replace(phase=jnp.full(count, PLAN), prompt_length=lengths, key=keys, tokens_forwarded=lengths))
+        fresh = fresh.replace(
+            rows=fresh.rows.replace(
+                phase=jnp.full(count, PLAN), prompt_length=lengths, key=keys, tokens_forwarded=lengths
+            )
+        )
         window = jax.vmap(self.layout, (0, None))(fresh.rows, settings)
         tokens = jnp.concatenate([prompts, window.tokens], axis=1)
         positions = jnp.concatenate([jnp.broadcast_to(jnp.arange(padded), prompts.shape), window.positions], axis=1)
-        mask = jnp.broadcast_to(jnp.tri(padded + self.window, dtype=bool), (count, padded + self.window, padded + self.window))
+        mask = jnp.broadcast_to(
+            jnp.tri(padded + self.window, dtype=bool), (count, padded + self.window, padded + self.window)
+        )
         in_prompt = jnp.broadcast_to((jnp.arange(padded) < lengths[:, None])[:, None], (count, self.window, padded))
         mask = mask.at[:, padded:].set(jnp.concatenate([in_prompt, window.mask], axis=2))
         hidden, cache = self.forward(params, tokens, positions, fresh.cache, mask)
@@ -153,7 +168,9 @@ class PlanAndInfill:
         rows, committed = jax.vmap(self.advance, (0, 0, 0, None))(state.rows, window, reduced, settings)
         return State(cache=cache.commit(committed), rows=rows)
 
-    def forward(self, params: dict, tokens: jax.Array, positions: jax.Array, cache: KVCache, mask: jax.Array) -> tuple[jax.Array, KVCache]:
+    def forward(
+        self, params: dict, tokens: jax.Array, positions: jax.Array, cache: KVCache, mask: jax.Array
+    ) -> tuple[jax.Array, KVCache]:
         return Qwen3(self.model).apply({"params": params}, tokens, positions, cache=cache, window_mask=mask)
 
     # ------------------------------------------------------------------ what a row forwards
@@ -170,14 +187,18 @@ class PlanAndInfill:
         # The next plan, if all of main is committed up to its first EOS.
         eos_at = self.first(row.fill == self.model.eos_token_id)
         eos_slot = self.first(main & (eos_at < k))
-        main_end = jnp.where(eos_slot < n, jnp.sum(main & (slot < eos_slot)) * k + eos_at[eos_slot % n] + 1, jnp.sum(main) * k)
+        main_end = jnp.where(
+            eos_slot < n, jnp.sum(main & (slot < eos_slot)) * k + eos_at[eos_slot % n] + 1, jnp.sum(main) * k
+        )
         after = row.remaining & ~row.chosen & (slot < eos_slot)
         next_block = ~after.any() & (eos_slot == n) & ~row.ended & (row.block + 1 < self.blocks)
         plan = jnp.where(next_block, True, after) & ~planning & (row.phase != DONE) & ~row.predicting.any()
         plan &= self.carry_plan & (main.sum() + plan.sum() <= c)
 
         # Guesses: every place a draft may be rejected at, the likely ones (low confidence) first, in the order they are met.
-        open_ = row.chosen & ~row.predicting & (row.prefix < k) & (eos_at >= row.prefix) & ~planning & (row.phase != DONE)
+        open_ = (
+            row.chosen & ~row.predicting & (row.prefix < k) & (eos_at >= row.prefix) & ~planning & (row.phase != DONE)
+        )
         guess = open_[:, None] & (column > row.prefix[:, None]) & self.carry_guesses
         likely = row.confidence <= settings.token_threshold
 
@@ -224,7 +245,9 @@ class PlanAndInfill:
         n, k, c = self.slots, self.slot_size, self.chunks
         slot, column = jnp.arange(n), jnp.arange(k)
         per_chunk = jax.tree.map(lambda x: x.reshape(c, k), reduced)
-        of = lambda at: jax.tree.map(lambda x: x.at[at].get(mode="clip"), per_chunk)  # absent chunks read another's: never used
+        of = lambda at: jax.tree.map(
+            lambda x: x.at[at].get(mode="clip"), per_chunk
+        )  # absent chunks read another's: never used
         main, guess = of(window.main_at), of(window.guess_at)
         verifying, completing = row.phase == VERIFY, row.phase == COMPLETE
 
@@ -257,7 +280,9 @@ class PlanAndInfill:
         prefix = jnp.where(predict, row.prefix, stop)
         behind = column >= prefix[:, None]
         fill = jnp.where(behind, jnp.where(predict[:, None], main.top, at_stop(guess.top)), row.fill)
-        confidence = jnp.where(behind, jnp.where(predict[:, None], main.top_prob, at_stop(guess.top_prob)), row.confidence)
+        confidence = jnp.where(
+            behind, jnp.where(predict[:, None], main.top_prob, at_stop(guess.top_prob)), row.confidence
+        )
         has_eos = row.chosen & (self.first(fill == self.model.eos_token_id) < prefix)
         final = has_eos | (prefix == k)
         predicting = row.chosen & ~predict & ~guessed & ~final

@@ -52,7 +52,11 @@ def reduce_logits(
         return Reduced(top, prob(top), prob(next_tokens), draft, prob(draft))
 
     batch, window = next_tokens.shape
-    parts = next(n for n in range(1, window + 1) if window % n == 0 and (batch * window // n * config.vocab_size <= MAX_LOGITS or n == window))
+    parts = next(
+        n
+        for n in range(1, window + 1)
+        if window % n == 0 and (batch * window // n * config.vocab_size <= MAX_LOGITS or n == window)
+    )
     split = lambda x: jnp.moveaxis(x.reshape(batch, parts, window // parts, *x.shape[2:]), 1, 0)
     join = lambda x: jnp.moveaxis(x, 0, 1).reshape(batch, window)
     return jax.tree.map(join, jax.lax.map(reduce, (split(hidden), split(next_tokens), split(keys))))

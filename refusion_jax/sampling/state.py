@@ -26,7 +26,9 @@ class State:
         put = lambda old, new: old.at[rows].set(new, mode="drop")
         put_cache = lambda old, new: old.at[:, rows, :, :length].set(new[:, :, :, :length], mode="drop")
         cache = KVCache(
-            k=put_cache(self.cache.k, fresh.cache.k), v=put_cache(self.cache.v, fresh.cache.v), length=put(self.cache.length, fresh.cache.length)
+            k=put_cache(self.cache.k, fresh.cache.k),
+            v=put_cache(self.cache.v, fresh.cache.v),
+            length=put(self.cache.length, fresh.cache.length),
         )
         return State(cache, jax.tree.map(put, self.rows, fresh.rows))
 
