@@ -329,3 +329,35 @@ def test_killed_process_stops_the_other_and_the_run_resumes(job):
     assert 2 <= last < STEPS
     assert f"resumed from step {last}" in job.run("killed", 2)[0]
     assert_same(job, "killed", "two")
+
+
+# The trainer, with a disk that takes only small files from process WHO once there is a checkpoint.
+FULL = """
+import os, resource, signal, sys, time
+from refusion_jax import train
+from refusion_jax.checkpoint import orbax
+from refusion_jax.errors import run_main
+from refusion_jax.parallel import distributed
+requested = distributed.StopSignal.requested
+def fill(self, step):
+    if step == 3 and os.environ["JAX_PROCESS_ID"] == "WHO":
+        while not orbax.steps_in(sys.argv[sys.argv.index("--workdir") + 1]):
+            time.sleep(0.01)
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (6000, 6000))
+    return requested(self, step)
+distributed.StopSignal.requested = fill
+run_main(train.main)
+"""
+
+
+@pytest.mark.parametrize("index", [0, 1])
+def test_checkpoint_that_one_process_cannot_write_stops_both_and_the_run_resumes(job, index):
+    name = f"full {index}"
+    codes, outputs = finish(job.start(name, 2, ("-c", FULL.replace("WHO", str(index)))), job.folder / name)
+    assert codes == [2, 2], outputs
+    reason = rf"process {index} \(host \S+\) failed: A checkpoint could not be written to .*"
+    check_last_words(outputs[1 - index], reason)
+    last = orbax.steps_in(job.folder / name / "run")[-1]
+    assert f"resumed from step {last}" in job.run(name, 2)[0]
+    assert_same(job, name, "two")

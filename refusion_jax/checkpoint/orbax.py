@@ -12,6 +12,7 @@ import importlib.metadata
 import json
 import math
 import pathlib
+import sys
 from typing import Any
 
 import jax
@@ -175,7 +176,8 @@ class Checkpoints:
         """
         check_folder_name(folder)
         self._folder = pathlib.Path(folder).absolute()
-        # A checkpoint that was not evaluated is worse than any that was. Orbax writes losses down, for the next start, only with a best_fn.
+        # A checkpoint that was not evaluated is worse than any that was. Orbax writes losses down, for the next start,
+        # only with a best_fn.
         loss = lambda metrics: math.inf if metrics["loss"] is None else metrics["loss"]
         policies = [checkpoint_managers.LatestN(keep_last)]
         if keep_best:
@@ -186,8 +188,9 @@ class Checkpoints:
             )
         options = ocp.CheckpointManagerOptions(
             preservation_policy=checkpoint_managers.AnyPreservationPolicy(policies), best_fn=loss if keep_best else None, best_mode="min",
-            cleanup_tmp_directories=True, save_interval_steps=1,
+            cleanup_tmp_directories=True, save_interval_steps=1, async_options=ocp.AsyncOptions(barrier_sync_fn=self._meet),
         )  # fmt: skip
+        self._failure: BaseException | None = None  # what a save in the background failed with
         try:
             (self._folder / "checkpoints").mkdir(parents=True, exist_ok=True)
             self._manager = ocp.CheckpointManager(self._folder / "checkpoints", options=options)
@@ -220,13 +223,26 @@ class Checkpoints:
         )
 
     def check(self) -> None:
-        """Raises a UserError if a save in the background has failed."""
-        self._guard(self._manager.check_for_errors)
+        """Raises a UserError if a save in the background has failed in this process."""
+        self._guard(self._raise_failure)
 
     def close(self) -> None:
         """Waits for saves in the background."""
         self._guard(self._manager.wait_until_finished)
         self._manager.close()
+
+    def _meet(self, *, key: str, timeout_ms: int) -> None:
+        """Orbax's barrier between processes; where a save has failed, its error instead.
+
+        Orbax would first take the process that failed to the barrier, while all others still wait for its files.
+        """
+        self._failure = self._failure or sys.exception()
+        self._raise_failure()
+        ocp.multihost.get_barrier_sync_fn()(key=key, timeout_ms=timeout_ms)
+
+    def _raise_failure(self) -> None:
+        if self._failure:
+            raise self._failure
 
     def _guard(self, action) -> None:
         try:
