@@ -235,8 +235,8 @@ def check_finite(step: int, values: dict[str, float], workdir: pathlib.Path) -> 
     if bad:
         raise UserError(
             f"Step {step}: {', '.join(bad)}. The run stops and this state is not saved; the checkpoints in {workdir} "
-            "are from before. "
-            "Lower config.optimizer.lr, set config.objective.mdm_weight_cap, or look at the data of this step."
+            "are from before. Lower config.optimizer.lr, set config.objective.mdm_weight_cap, or look at the data of "
+            "this step."
         )
 
 

@@ -131,8 +131,7 @@ def resolve(source: str | pathlib.Path) -> pathlib.Path:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
         raise UserError(
             f"There is no folder {str(source)!r}, and as a name on the Hugging Face hub it could not be downloaded: "
-            f"{reason}. "
-            "Check the name and the network, or give a folder with the downloaded files."
+            f"{reason}. Check the name and the network, or give a folder with the downloaded files."
         ) from None
 
 
@@ -198,8 +197,8 @@ class Weights:
             if not np.array_equal(head.open()[start : start + step], embedding.open()[start : start + step]):
                 raise UserError(
                     f"{head.file} has an lm_head.weight that differs from the embedding, but config.json says "
-                    "tie_word_embeddings = true. "
-                    "Set it to false there if the head is a table of its own, or remove the tensor."
+                    "tie_word_embeddings = true. Set it to false there if the head is a table of its own, or remove "
+                    "the tensor."
                 )
 
     def read(self, path: str, index: tuple[slice, ...]) -> np.ndarray:

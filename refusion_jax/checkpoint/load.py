@@ -38,8 +38,7 @@ def locate(source: str | pathlib.Path) -> pathlib.Path:
         found = sorted(p.name for p in folder.iterdir())[:6]
         raise UserError(
             f"{folder} is no checkpoint: a training run or a conversion has a folder 'checkpoints', a Hugging Face "
-            "model a 'config.json'; "
-            f"found {', '.join(found) or 'nothing'}. Give one of the two."
+            f"model a 'config.json'; found {', '.join(found) or 'nothing'}. Give one of the two."
         )
     return folder
 

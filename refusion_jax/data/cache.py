@@ -86,14 +86,12 @@ def cached_tokens(source: Source, tokenizer: Tokenizer, cache_dir: str | os.Path
     except OSError as error:
         raise UserError(
             f"the cache of tokenised data cannot be kept in {str(cache_dir)!r}: {error}. Set data.cache_dir to a "
-            "folder "
-            "that can be written and has room."
+            "folder that can be written and has room."
         ) from error
     if cache is None:
         raise UserError(
             f"the cache of tokenised data {str(folder)!r} is damaged again right after it was written: check the "
-            "disk, or "
-            "set data.cache_dir to another one."
+            "disk, or set data.cache_dir to another one."
         )
     return cache
 

@@ -58,8 +58,8 @@ class Report:
         ]
         lines.append(
             f"one epoch: {self.examples:,} examples of {self.mean_length:.1f} tokens on average in {self.rows:,} rows "
-            "of "
-            f"{self.max_length} (at most {self.max_examples_per_row} examples each), {self.padding_share:.2%} padding"
+            f"of {self.max_length} (at most {self.max_examples_per_row} examples each), {self.padding_share:.2%} "
+            "padding"
         )
         return "\n".join(lines)
 
@@ -236,14 +236,12 @@ def load_rows(
             raise UserError(
                 f"data source {source.name!r}: max_length is {max_length}, but its shortest example has "
                 f"{cache.lengths[part].min()} tokens, so every example would be dropped. Set data.max_length to at "
-                "least "
-                "that, better far more."
+                "least that, better far more."
             )
         if len(kept) * config.weight < 1:
             raise UserError(
                 f"data source {source.name!r}: weight = {config.weight} of {len(kept)} examples is less than one "
-                "example per "
-                "epoch. Raise the weight."
+                "example per epoch. Raise the weight."
             )
         parts.append(Part(source.name, cache, kept, len(part) - len(kept), config.weight))
     return Rows(

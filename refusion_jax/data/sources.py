@@ -358,8 +358,7 @@ class TfdsSource(Source):
             reason = str(error).strip().splitlines()[0]
             raise UserError(
                 f"the TFDS data set {self.config.path!r} could not be found or prepared: {reason}. Give a known name "
-                "with "
-                "network access, or the folder of a prepared data set."
+                "with network access, or the folder of a prepared data set."
             ) from error
 
     def _content_key(self):

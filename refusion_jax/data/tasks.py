@@ -48,8 +48,8 @@ class Task:
         except (TypeError, AssertionError, ValueError) as error:
             raise UserError(
                 f"reasoning-gym cannot make the task {name!r} with options {dict(options)}: {error}. Use one of its "
-                "data set "
-                "names (basic_arithmetic, chain_sum, spell_backward, gsm_symbolic, ...) and that set's options."
+                "data set names (basic_arithmetic, chain_sum, spell_backward, gsm_symbolic, ...) and that set's "
+                "options."
             ) from error
         self._size = size
 

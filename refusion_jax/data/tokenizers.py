@@ -127,8 +127,7 @@ class HuggingFaceTokenizer(Tokenizer):
         if not self._tokenizer.chat_template:
             raise UserError(
                 f"tokenizer {self._name!r} has no chat template, so a query cannot become a prompt. Add chat_template "
-                "to "
-                "its tokenizer_config.json, or train on plain text (an empty query_field)."
+                "to its tokenizer_config.json, or train on plain text (an empty query_field)."
             )
         texts = [
             self._tokenizer.apply_chat_template(
@@ -168,14 +167,12 @@ def load_tokenizer(spec: str) -> Tokenizer:
         ):
             raise UserError(
                 f"the folder {spec!r} holds no tokenizer (no tokenizer.json or tokenizer_config.json). Give a folder "
-                "with one, "
-                "a name on the Hugging Face hub, or 'bytes'."
+                "with one, a name on the Hugging Face hub, or 'bytes'."
             )
     elif folder.is_absolute() or spec.startswith((".", "~")) or spec.count("/") > 1:
         raise UserError(
             f"the tokenizer folder {spec!r} does not exist. Give a folder with a tokenizer.json, a name on the "
-            "Hugging Face "
-            "hub such as 'Qwen/Qwen3-0.6B', or 'bytes'."
+            "Hugging Face hub such as 'Qwen/Qwen3-0.6B', or 'bytes'."
         )
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # "PyTorch was not found" is no news here
     try:

@@ -23,12 +23,10 @@ def train_bytes(config: ModelConfig, tokens: float, microbatches: int, shards: i
     """
     c, d, h = config, config.hidden_size, config.head_dim
     optimizer = 34 * c.num_params() / shards  # read p, m, v, g; write p, m, v, g in float32, and p in bfloat16
-    weights = (
-        2 * 7 * c.num_params() / tensor
-    )  # gathered, read, again for the backward pass, read twice; gradients written
-    layer = (
-        6 * d + (4 * c.num_heads * h + 6 * c.num_kv_heads * h + 6 * c.intermediate_size) / tensor
-    )  # inputs and outputs of its products
+    # Gathered, read, again for the backward pass, read twice; gradients written.
+    weights = 2 * 7 * c.num_params() / tensor
+    # Inputs and outputs of a layer's products.
+    layer = 6 * d + (4 * c.num_heads * h + 6 * c.num_kv_heads * h + 6 * c.intermediate_size) / tensor
     passes = 3 if c.remat == "none" else 4  # forward, again, and two products per product backward
     logits = 4 * 6 * c.vocab_size / tensor
     return optimizer + microbatches * weights + tokens * (2 * passes * c.num_layers * layer + logits)

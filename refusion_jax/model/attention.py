@@ -16,7 +16,6 @@ from refusion_jax.model.cache import KVCache
 
 QUERY_CHUNK = 512  # queries whose scores exist at a time in the XLA implementation
 KEY_CHUNK = 512  # cached keys whose scores exist at a time
-KEY_CHUNK = 512  # cached keys whose scores exist at a time
 
 
 def masked_attention(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array) -> jax.Array:

@@ -10,6 +10,7 @@ from refusion_jax.errors import UserError
 DTYPES = ("float32", "bfloat16")
 ATTENTION = ("auto", "xla", "cudnn", "splash")
 REMAT = ("none", "minimal", "full")
+SIZES = ("vocab_size", "hidden_size", "intermediate_size", "num_layers", "num_heads", "num_kv_heads", "head_dim")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,15 +46,7 @@ class ModelConfig:
     def __post_init__(self):
         if not self.logical_vocab_size:
             object.__setattr__(self, "logical_vocab_size", self.vocab_size)
-        for name in (
-            "vocab_size",
-            "hidden_size",
-            "intermediate_size",
-            "num_layers",
-            "num_heads",
-            "num_kv_heads",
-            "head_dim",
-        ):
+        for name in SIZES:
             if getattr(self, name) < 1:
                 raise UserError(f"model.{name} is {getattr(self, name)}; it must be at least 1.")
         if self.num_heads % self.num_kv_heads:
@@ -66,8 +59,7 @@ class ModelConfig:
         if self.logical_vocab_size > self.vocab_size:
             raise UserError(
                 f"model.logical_vocab_size = {self.logical_vocab_size} is larger than the table, model.vocab_size = "
-                f"{self.vocab_size}; "
-                "use a model whose table has a row for every id of the tokenizer."
+                f"{self.vocab_size}; use a model whose table has a row for every id of the tokenizer."
             )
         for name, allowed in (("dtype", DTYPES), ("attention", ATTENTION), ("remat", REMAT)):
             if getattr(self, name) not in allowed:
@@ -82,19 +74,7 @@ class ModelConfig:
 
     def architecture(self) -> dict[str, Any]:
         """The fields that the parameters' shapes and meaning depend on: what two checkpoints must agree on."""
-        names = (
-            "vocab_size",
-            "hidden_size",
-            "intermediate_size",
-            "num_layers",
-            "num_heads",
-            "num_kv_heads",
-            "head_dim",
-            "tie_embeddings",
-            "rope_theta",
-            "rms_norm_eps",
-        )
-        return {name: getattr(self, name) for name in names}
+        return {name: getattr(self, name) for name in (*SIZES, "tie_embeddings", "rope_theta", "rms_norm_eps")}
 
     def num_params(self) -> int:
         """Number of parameters, a tied table counted once."""

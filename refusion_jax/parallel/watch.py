@@ -116,8 +116,7 @@ class _Watch:
             self._stop(
                 "gone",
                 f"process {index} (host {link.host}) ended without a word: killed, out of memory, or its machine is "
-                "down. "
-                "Look at its log; start the job again with the same --workdir to resume from the last checkpoint.",
+                "down. Look at its log; start the job again with the same --workdir to resume from the last checkpoint.",
             )
 
     def _stop(self, kind: str, reason: str) -> None:

@@ -118,8 +118,8 @@ def stream(
     if max_prompt_length and longest > max_prompt_length:
         raise UserError(
             f"Prompt {[len(p) > max_prompt_length for p in prompts].index(True)} has {longest} tokens, more than the "
-            "cache has room for "
-            f"beside the answer (max_prompt_length {max_prompt_length}); shorten it or raise max_prompt_length."
+            f"cache has room for beside the answer (max_prompt_length {max_prompt_length}); shorten it or raise "
+            "max_prompt_length."
         )
     shards = mesh.shape["data"] * mesh.shape["fsdp"] if mesh else 1
     batch = min(batch_size, 1 << max(0, len(prompts) - start - 1).bit_length())

@@ -55,8 +55,8 @@ class SamplerConfig:
         if self.method == "plan_and_infill" and self.slots % self.blocks:
             raise UserError(
                 f"gen_length {self.slots * self.slot_size} (rounded up to whole slots) in {self.blocks} blocks leaves "
-                "blocks that are no multiple of "
-                f"slot_size {self.slot_size}; choose blocks that divide {self.slots} slots, or another gen_length."
+                f"blocks that are no multiple of slot_size {self.slot_size}; choose blocks that divide {self.slots} "
+                "slots, or another gen_length."
             )
         for name in ("slot_threshold", "token_threshold"):
             if not 0 <= getattr(self, name) <= 1:
@@ -159,8 +159,7 @@ def check_prompts(prompts: Sequence[Sequence[int]], model: ModelConfig, sampler:
     if sampler.method == "plan_and_infill" and model.mask_token_id is None:
         raise UserError(
             "The model has no mask token (mask_token_id is not set), so it cannot plan. Use a checkpoint trained "
-            "with the ReFusion objective, "
-            "or method='autoregressive'."
+            "with the ReFusion objective, or method='autoregressive'."
         )
     for index, prompt in enumerate(prompts):
         where = f"Prompt {index}"
@@ -182,6 +181,5 @@ def check_prompts(prompts: Sequence[Sequence[int]], model: ModelConfig, sampler:
         if total > model.max_position_embeddings:
             raise UserError(
                 f"{where} has {len(prompt)} tokens; with gen_length {sampler.length} that is {total} positions, more "
-                "than the model's "
-                f"{model.max_position_embeddings}. Shorten the prompt or gen_length."
+                f"than the model's {model.max_position_embeddings}. Shorten the prompt or gen_length."
             )
