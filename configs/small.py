@@ -12,9 +12,16 @@ from refusion_jax.model.config import ModelConfig
 def get_config(argument: str = "") -> ConfigDict:
     arg = parse_arguments(argument, steps=20000, batch_size=64, tokenizer="bytes")
     model = ModelConfig(
-        vocab_size=384, hidden_size=768, intermediate_size=2304, num_layers=14, num_heads=12, num_kv_heads=4, head_dim=64,
-        tie_embeddings=True, max_position_embeddings=4096,
-    )  # fmt: skip
+        vocab_size=384,
+        hidden_size=768,
+        intermediate_size=2304,
+        num_layers=14,
+        num_heads=12,
+        num_kv_heads=4,
+        head_dim=64,
+        tie_embeddings=True,
+        max_position_embeddings=4096,
+    )
     task = dict(kind="procedural", path="gsm_symbolic", size=200000)
     return ConfigDict(
         dict(

@@ -12,9 +12,17 @@ from refusion_jax.model.config import ModelConfig
 def get_config(argument: str = "") -> ConfigDict:
     arg = parse_arguments(argument, steps=1000)
     model = ModelConfig(
-        vocab_size=320, hidden_size=128, intermediate_size=384, num_layers=3, num_heads=4, num_kv_heads=2, head_dim=32,
-        tie_embeddings=True, rope_theta=10000.0, max_position_embeddings=512,
-    )  # fmt: skip
+        vocab_size=320,
+        hidden_size=128,
+        intermediate_size=384,
+        num_layers=3,
+        num_heads=4,
+        num_kv_heads=2,
+        head_dim=32,
+        tie_embeddings=True,
+        rope_theta=10000.0,
+        max_position_embeddings=512,
+    )
     # Only the word of "Spell this word backward (example: sun -> nus): word": with bytes, the rest is most of the tokens.
     options = (("min_word_len", 3), ("max_word_len", 10), ("query_pattern", r": (\w+)$"))
     task = dict(kind="procedural", path="spell_backward", size=20000, options=options)

@@ -80,9 +80,12 @@ def token_losses(config: Config, params: dict, frozen: dict, inputs: Denoising) 
         variables = {"params": compute_params(params, config.model.dtype)}
     hidden = Qwen3(config.model).apply(variables, inputs.tokens, inputs.positions, inputs.segment_ids)
     return token_loss(
-        hidden, output_table(variables["params"]), inputs.targets,
-        logical_vocab_size=config.model.logical_vocab_size, chunk=config.objective.loss_chunk,
-    )  # fmt: skip
+        hidden,
+        output_table(variables["params"]),
+        inputs.targets,
+        logical_vocab_size=config.model.logical_vocab_size,
+        chunk=config.objective.loss_chunk,
+    )
 
 
 def train_step(
@@ -252,14 +255,19 @@ def build(config: Config, mesh: Mesh, steps: int) -> Program:
         start=on_mesh(start, in_shardings=(param_shardings,), out_shardings=shardings, donate_argnums=0),
         train=on_mesh(
             lambda state, batch: train_step(config, optimizer, state, batch),
-            in_shardings=(with_base, rows), out_shardings=(with_base, replicated), donate_argnums=0,
+            in_shardings=(with_base, rows),
+            out_shardings=(with_base, replicated),
+            donate_argnums=0,
         ),
         evaluate=on_mesh(
             lambda params, frozen, batch: eval_step(config, params, frozen, batch),
-            in_shardings=(param_shardings, frozen_shardings, rows), out_shardings=replicated,
+            in_shardings=(param_shardings, frozen_shardings, rows),
+            out_shardings=replicated,
         ),
         abstract_state=jax.tree.map(
-            lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), abstract.replace(frozen=abstract_frozen), with_base
+            lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s),
+            abstract.replace(frozen=abstract_frozen),
+            with_base,
         ),
         batch_sharding=rows,
-    )  # fmt: skip
+    )

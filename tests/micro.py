@@ -16,9 +16,20 @@ def get_config(argument: str | None = None) -> ConfigDict:
     """data: a JSON list of queries and responses; its first fifth is held out."""
     arguments = parse_arguments(argument, data="data.json", steps=8)
     model = ModelConfig(
-        vocab_size=264, logical_vocab_size=262, hidden_size=16, intermediate_size=32, num_layers=2, num_heads=2, num_kv_heads=2,
-        head_dim=8, tie_embeddings=True, mask_token_id=261, begin_token_id=260, eos_token_id=257, pad_token_id=256,
-    )  # fmt: skip
+        vocab_size=264,
+        logical_vocab_size=262,
+        hidden_size=16,
+        intermediate_size=32,
+        num_layers=2,
+        num_heads=2,
+        num_kv_heads=2,
+        head_dim=8,
+        tie_embeddings=True,
+        mask_token_id=261,
+        begin_token_id=260,
+        eos_token_id=257,
+        pad_token_id=256,
+    )
     source = dict(kind="json", path=arguments.data)
     config = ConfigDict(
         dict(

@@ -116,9 +116,9 @@ def decode(
             # Verify.
             flat = drafts.reshape(-1)
             p = context.forward(flat, places(chosen))
-            accepted = np.array([
-                i % k == 0 or context.above(p[i - 1, flat[i]], token_threshold) for i in range(len(flat))
-            ])  # fmt: skip
+            accepted = np.array(
+                [i % k == 0 or context.above(p[i - 1, flat[i]], token_threshold) for i in range(len(flat))]
+            )
             n = leading(accepted)
             eos = [i for i in range(n) if flat[i] == eos_id]
             if eos or n >= k:
@@ -151,10 +151,13 @@ def decode(
                 p = context.forward(filled[alive].reshape(-1), where, diagonal).reshape(len(alive), k, -1)
                 for i in open_:
                     prefix[i] = leading(
-                        np.array([
-                            j <= prefix[i] or context.above(p[i, j - 1, filled[i, j]], token_threshold) for j in range(k)
-                        ])
-                    )  # fmt: skip
+                        np.array(
+                            [
+                                j <= prefix[i] or context.above(p[i, j - 1, filled[i, j]], token_threshold)
+                                for j in range(k)
+                            ]
+                        )
+                    )
             flat = filled[alive].reshape(-1)
             n, last = len(flat), remaining[-1] + 1
             if eos_id in flat:

@@ -23,9 +23,11 @@ def start(
     started = []
     for index in range(processes):
         settings = {
-            "JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": str(devices), "PYTHONUNBUFFERED": "1",
+            "JAX_PLATFORMS": "cpu",
+            "JAX_NUM_CPU_DEVICES": str(devices),
+            "PYTHONUNBUFFERED": "1",
             "XLA_FLAGS": "--xla_backend_optimization_level=0",  # the programs are compiled more often than they run
-        }  # fmt: skip
+        }
         if processes > 1:
             settings |= {
                 "JAX_COORDINATOR_ADDRESS": address,

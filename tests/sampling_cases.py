@@ -9,9 +9,22 @@ from refusion_jax.model.config import ModelConfig
 from refusion_jax.sampling import Generation, SamplerConfig
 
 MODEL = ModelConfig(
-    vocab_size=16, logical_vocab_size=14, hidden_size=16, intermediate_size=32, num_layers=2, num_heads=2, num_kv_heads=1, head_dim=8,
-    tie_embeddings=True, rope_theta=100.0, mask_token_id=13, begin_token_id=12, eos_token_id=1, pad_token_id=0, max_position_embeddings=256,
-)  # fmt: skip
+    vocab_size=16,
+    logical_vocab_size=14,
+    hidden_size=16,
+    intermediate_size=32,
+    num_layers=2,
+    num_heads=2,
+    num_kv_heads=1,
+    head_dim=8,
+    tie_embeddings=True,
+    rope_theta=100.0,
+    mask_token_id=13,
+    begin_token_id=12,
+    eos_token_id=1,
+    pad_token_id=0,
+    max_position_embeddings=256,
+)
 
 
 def random_params(seed: int, scale: float, config: ModelConfig = MODEL) -> dict:
@@ -59,10 +72,17 @@ def expected(
 ) -> oracle.Decoded:
     """What the oracle makes of a prompt."""
     return oracle.decode(
-        forward, prompt, gen_length=sampler.gen_length, slot_size=sampler.slot_size, blocks=sampler.blocks,
-        slot_threshold=sampler.slot_threshold, token_threshold=sampler.token_threshold, mask_id=config.mask_token_id,
-        eos_id=config.eos_token_id, banned=[config.mask_token_id, config.begin_token_id],
-    )  # fmt: skip
+        forward,
+        prompt,
+        gen_length=sampler.gen_length,
+        slot_size=sampler.slot_size,
+        blocks=sampler.blocks,
+        slot_threshold=sampler.slot_threshold,
+        token_threshold=sampler.token_threshold,
+        mask_id=config.mask_token_id,
+        eos_id=config.eos_token_id,
+        banned=[config.mask_token_id, config.begin_token_id],
+    )
 
 
 def same_tokens(answer: Generation, wanted: oracle.Decoded, prompt: list[int]) -> None:

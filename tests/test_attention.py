@@ -136,9 +136,16 @@ def test_attention_on_a_cache_equals_the_reference(monkeypatch, window, chunk):
 
 
 SMALL = ModelConfig(
-    vocab_size=64, hidden_size=64, intermediate_size=96, num_layers=3, num_heads=2, num_kv_heads=1, head_dim=128,
-    tie_embeddings=True, attention="xla",
-)  # fmt: skip
+    vocab_size=64,
+    hidden_size=64,
+    intermediate_size=96,
+    num_layers=3,
+    num_heads=2,
+    num_kv_heads=1,
+    head_dim=128,
+    tie_embeddings=True,
+    attention="xla",
+)
 
 
 @pytest.fixture(scope="module")

@@ -21,8 +21,16 @@ from refusion_jax.parallel import sharding
 from refusion_jax.parallel.mesh import make_mesh
 
 MODEL = ModelConfig(
-    vocab_size=88, hidden_size=32, intermediate_size=64, num_layers=2, num_heads=4, num_kv_heads=4, head_dim=8, tie_embeddings=False, mask_token_id=80,
-)  # fmt: skip
+    vocab_size=88,
+    hidden_size=32,
+    intermediate_size=64,
+    num_layers=2,
+    num_heads=4,
+    num_kv_heads=4,
+    head_dim=8,
+    tie_embeddings=False,
+    mask_token_id=80,
+)
 ON = {"4x2": (1, 4, 2), "2x4": (1, 2, 4), "1": (1, 1, 1)}
 
 

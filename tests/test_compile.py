@@ -33,9 +33,21 @@ needs_libtpu = [
 
 # Sizes that cannot be mistaken for one another in a program's text.
 MODEL = ModelConfig(
-    vocab_size=1664, logical_vocab_size=1600, hidden_size=256, intermediate_size=640, num_layers=3, num_heads=4, num_kv_heads=2,
-    head_dim=128, tie_embeddings=False, mask_token_id=1599, begin_token_id=1598, eos_token_id=1, pad_token_id=0, remat="minimal",
-)  # fmt: skip
+    vocab_size=1664,
+    logical_vocab_size=1600,
+    hidden_size=256,
+    intermediate_size=640,
+    num_layers=3,
+    num_heads=4,
+    num_kv_heads=2,
+    head_dim=128,
+    tie_embeddings=False,
+    mask_token_id=1599,
+    begin_token_id=1598,
+    eos_token_id=1,
+    pad_token_id=0,
+    remat="minimal",
+)
 CONFIG = Config(
     model=MODEL,
     data=DataConfig(max_length=384, max_examples_per_row=4),

@@ -20,7 +20,7 @@ from refusion_jax.config import (
     from_config_dict,
     load_config,
     parse_config,
-)  # fmt: skip
+)
 from refusion_jax.data.tokenizers import load_tokenizer
 from refusion_jax.errors import UserError
 from refusion_jax.model.config import ModelConfig
@@ -77,10 +77,16 @@ def test_arguments_and_overrides(repository):
     changed = load_config(
         path,
         {
-            "optimizer.lr": "1e-4", "objective.slot_sizes": "[4, 32]", "model.dtype": "bfloat16", "lora.rank": "4", "seed": "7",
-            "data.train.0.weight": "2", "data.train.0.options": "{'min_word_len': 5}", "data.evaluation": "[]",
+            "optimizer.lr": "1e-4",
+            "objective.slot_sizes": "[4, 32]",
+            "model.dtype": "bfloat16",
+            "lora.rank": "4",
+            "seed": "7",
+            "data.train.0.weight": "2",
+            "data.train.0.options": "{'min_word_len': 5}",
+            "data.evaluation": "[]",
         },
-    )  # fmt: skip
+    )
     assert changed.optimizer == dataclasses.replace(plain.optimizer, lr=1e-4)
     assert (
         changed.objective.slot_sizes == (4, 32)

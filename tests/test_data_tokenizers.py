@@ -104,8 +104,15 @@ def test_byte_prompt_is_two_ids_longer_than_its_bytes():
 def test_tokenizer_must_fit_the_model():
     tokenizer = load_tokenizer("bytes")
     model = ModelConfig(
-        vocab_size=262, hidden_size=8, intermediate_size=8, num_layers=1, num_heads=1, num_kv_heads=1, head_dim=8, tie_embeddings=True
-    )  # fmt: skip
+        vocab_size=262,
+        hidden_size=8,
+        intermediate_size=8,
+        num_layers=1,
+        num_heads=1,
+        num_kv_heads=1,
+        head_dim=8,
+        tie_embeddings=True,
+    )
     fitted = with_tokenizer(model, tokenizer, "here")
     assert (fitted.mask_token_id, fitted.logical_vocab_size) == (tokenizer.mask_id, 262)
     with pytest.raises(UserError, match=r"here.* 261 rows.* 262 ids.*mask id is 261.*at least 262"):

@@ -98,9 +98,14 @@ def check_last_words(output: str, error: str, aborting: bool = False) -> None:
         assert "coordination_service" not in output
 
 
-@pytest.mark.parametrize("index, how, code, error", [
-    (0, "fail", 2, "The disk is full. Make room."), (1, "fail", 2, "The disk is full. Make room."), (1, "break", 1, "KeyError: 'a mistake'"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "index, how, code, error",
+    [
+        (0, "fail", 2, "The disk is full. Make room."),
+        (1, "fail", 2, "The disk is full. Make room."),
+        (1, "break", 1, "KeyError: 'a mistake'"),
+    ],
+)
 def test_process_that_fails_alone_stops_the_others_which_say_why(index, how, code, error, tmp_path):
     """Process 2 learns from process 0 what befell process 1."""
     codes, outputs = finish(
@@ -177,8 +182,11 @@ PER_GPU = SLURM | {"SLURM_STEP_TASKS_PER_NODE": "2,1", "SLURM_NODEID": "0", "SLU
 )
 def test_slurm_gives_each_process_its_gpus(environ, devices):
     assert distributed._slurm(environ) == {
-        "coordinator_address": "gpu07:61441", "num_processes": 2, "process_id": 1, "local_device_ids": devices,
-    }  # fmt: skip
+        "coordinator_address": "gpu07:61441",
+        "num_processes": 2,
+        "process_id": 1,
+        "local_device_ids": devices,
+    }
 
 
 @pytest.mark.parametrize(
@@ -230,10 +238,22 @@ class Job:
         mesh = [f"--config.mesh.{axis}=2" for axis in ("data", "fsdp", "tensor")]
         config = f"{pathlib.Path(micro.__file__)}:steps={STEPS},data={self.folder / 'data.json'}"
         return start(
-            [*program, "--config", config, *mesh, "--config.data.evaluation=[]", "--config.keep_last=99", "--workdir", logs / "run"],
-            folder=logs, processes=processes, devices=8 // processes,
-            JAX_COMPILATION_CACHE_DIR=str(self.folder / "compiled"), JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS="0",
-        )  # fmt: skip
+            [
+                *program,
+                "--config",
+                config,
+                *mesh,
+                "--config.data.evaluation=[]",
+                "--config.keep_last=99",
+                "--workdir",
+                logs / "run",
+            ],
+            folder=logs,
+            processes=processes,
+            devices=8 // processes,
+            JAX_COMPILATION_CACHE_DIR=str(self.folder / "compiled"),
+            JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS="0",
+        )
 
     def finish(self, name: str, started: list) -> list[str]:
         codes, outputs = finish(started, self.folder / name)

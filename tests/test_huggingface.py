@@ -38,13 +38,20 @@ def stacked(folder) -> dict:
             "attention_norm": {"scale": layers("input_layernorm")},
             "mlp_norm": {"scale": layers("post_attention_layernorm")},
             "attention": {
-                "query": layers("self_attn.q_proj", project), "key": layers("self_attn.k_proj", project), "value": layers("self_attn.v_proj", project),
+                "query": layers("self_attn.q_proj", project),
+                "key": layers("self_attn.k_proj", project),
+                "value": layers("self_attn.v_proj", project),
                 "output": layers("self_attn.o_proj", lambda x: x.T.reshape(-1, head, hidden)),
-                "query_norm": layers("self_attn.q_norm"), "key_norm": layers("self_attn.k_norm"),
+                "query_norm": layers("self_attn.q_norm"),
+                "key_norm": layers("self_attn.k_norm"),
             },
-            "mlp": {"gate": layers("mlp.gate_proj", np.transpose), "up": layers("mlp.up_proj", np.transpose), "down": layers("mlp.down_proj", np.transpose)},
+            "mlp": {
+                "gate": layers("mlp.gate_proj", np.transpose),
+                "up": layers("mlp.up_proj", np.transpose),
+                "down": layers("mlp.down_proj", np.transpose),
+            },
         },
-    }  # fmt: skip
+    }
     if not c["tie_word_embeddings"]:
         params["head"] = {"embedding": tensors["lm_head.weight"]}
     return params

@@ -50,9 +50,13 @@ OTHERS = [
 def bash(*command, cwd="/", **environ) -> subprocess.CompletedProcess:
     """Runs a script with an environment that cannot leak this process's own settings of JAX."""
     return subprocess.run(
-        ["bash", *map(str, command)], cwd=cwd, env={"PATH": os.environ["PATH"], "HOME": os.environ.get("HOME", "/")} | environ,
-        capture_output=True, text=True, timeout=60,
-    )  # fmt: skip
+        ["bash", *map(str, command)],
+        cwd=cwd,
+        env={"PATH": os.environ["PATH"], "HOME": os.environ.get("HOME", "/")} | environ,
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
 
 
 def test_trainer_has_the_flags_that_the_scripts_use():
@@ -220,8 +224,15 @@ def test_environment_is_made_once_and_again_when_it_must_change(clone, tmp_path)
     calls = tmp_path / "calls"
 
     def activate(extras: str) -> int:
-        done = bash("-euo", "pipefail", "-c", f"source {clone}/launch/env.sh; command -v python",
-                    REFUSION_EXTRAS=extras, REFUSION_PYTHON=str(tmp_path / "python"), CALLS=str(calls))  # fmt: skip
+        done = bash(
+            "-euo",
+            "pipefail",
+            "-c",
+            f"source {clone}/launch/env.sh; command -v python",
+            REFUSION_EXTRAS=extras,
+            REFUSION_PYTHON=str(tmp_path / "python"),
+            CALLS=str(calls),
+        )
         assert done.returncode == 0, done.stderr
         assert done.stdout.splitlines()[-1] == f"{clone}/.venv/bin/python"
         return len(calls.read_text().splitlines())
@@ -284,9 +295,12 @@ def test_notebook_runs_from_top_to_bottom(tmp_path, monkeypatch):
     monkeypatch.setenv("XLA_FLAGS", "--xla_backend_optimization_level=0")  # compiled once, hardly run
     micro.write_examples(tmp_path / "data.json")
     settings = {
-        "CONFIG": f"tests/micro.py:steps=6,data={tmp_path / 'data.json'}", "WORKDIR": str(tmp_path / "run"), "EXAMPLES": 2, "LENGTH": 32,
+        "CONFIG": f"tests/micro.py:steps=6,data={tmp_path / 'data.json'}",
+        "WORKDIR": str(tmp_path / "run"),
+        "EXAMPLES": 2,
+        "LENGTH": 32,
         "REPOSITORY": "",
-    }  # fmt: skip
+    }
     printed = []
 
     def shell(command: str) -> None:

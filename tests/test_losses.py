@@ -172,9 +172,14 @@ def test_losses_and_gradients_equal_the_released_code(reference):
         labels, masked, segments = field("labels", -100), field("masked"), field("attention_mask").astype(np.int32)
         spread = lambda name: np.broadcast_to(data[f"batch{i}/{name}"][:, None], labels.shape)
         terms = loss_terms(
-            ar=(labels >= 0) & ~masked, mdm=(labels >= 0) & masked, q=spread("mask_prob"), response_length=spread("response_length"),
-            segment_ids=segments, examples=len(labels), config=ObjectiveConfig(),
-        )  # fmt: skip
+            ar=(labels >= 0) & ~masked,
+            mdm=(labels >= 0) & masked,
+            q=spread("mask_prob"),
+            response_length=spread("response_length"),
+            segment_ids=segments,
+            examples=len(labels),
+            config=ObjectiveConfig(),
+        )
         means, norm = evaluate(
             params, Denoising(field("corrupted"), field("positions"), segments, np.maximum(labels, 0), terms)
         )

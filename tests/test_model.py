@@ -20,8 +20,15 @@ from refusion_jax.parallel.mesh import make_mesh
 
 TOLERANCE = 2e-4  # max abs difference of float32 logits
 TINY = ModelConfig(
-    vocab_size=50, hidden_size=32, intermediate_size=64, num_layers=2, num_heads=4, num_kv_heads=2, head_dim=8, tie_embeddings=True,
-)  # fmt: skip
+    vocab_size=50,
+    hidden_size=32,
+    intermediate_size=64,
+    num_layers=2,
+    num_heads=4,
+    num_kv_heads=2,
+    head_dim=8,
+    tie_embeddings=True,
+)
 
 
 @functools.cache
@@ -346,11 +353,19 @@ def test_unreadable_config_files_are_named(tmp_path):
 @pytest.mark.parametrize(
     "change",
     [
-        {"num_heads": 3}, {"head_dim": 7}, {"num_layers": 0}, {"hidden_size": -1}, {"logical_vocab_size": 51},
-        {"dtype": "float16"}, {"attention": "flash"}, {"remat": "some"}, {"mask_token_id": 50}, {"eos_token_id": -1},
+        {"num_heads": 3},
+        {"head_dim": 7},
+        {"num_layers": 0},
+        {"hidden_size": -1},
+        {"logical_vocab_size": 51},
+        {"dtype": "float16"},
+        {"attention": "flash"},
+        {"remat": "some"},
+        {"mask_token_id": 50},
+        {"eos_token_id": -1},
     ],
     ids=str,
-)  # fmt: skip
+)
 def test_impossible_models_are_refused_by_field(change):
     (field,) = change
     with pytest.raises(UserError, match=rf"model\.{field}"):

@@ -80,9 +80,11 @@ def parts(inputs: Denoising, batch: PackedBatch):
         at = np.flatnonzero(chosen)
         assert len(at) == batch.lengths[r, e] and (np.diff(at) == 1).all()
         found[int(batch.example_ids[r, e])] = {
-            "tokens": np.asarray(inputs.tokens[r])[at], "positions": np.asarray(inputs.positions[r])[at], "targets": targets[r][at],
+            "tokens": np.asarray(inputs.tokens[r])[at],
+            "positions": np.asarray(inputs.positions[r])[at],
+            "targets": targets[r][at],
             **{name: np.asarray(term.weights[r])[at] for name, term in inputs.terms.items()},
-        }  # fmt: skip
+        }
     return found
 
 

@@ -18,9 +18,18 @@ from refusion_jax.objective.slots import PackedBatch, corrupt
 from refusion_jax.parallel.mesh import make_mesh
 
 MODEL = ModelConfig(
-    vocab_size=88, logical_vocab_size=83, hidden_size=32, intermediate_size=64, num_layers=2, num_heads=4, num_kv_heads=2, head_dim=8,
-    tie_embeddings=True, mask_token_id=80, attention="xla",
-)  # fmt: skip
+    vocab_size=88,
+    logical_vocab_size=83,
+    hidden_size=32,
+    intermediate_size=64,
+    num_layers=2,
+    num_heads=4,
+    num_kv_heads=2,
+    head_dim=8,
+    tie_embeddings=True,
+    mask_token_id=80,
+    attention="xla",
+)
 ROWS, LENGTH = 16, 48
 CONFIG = Config(
     model=MODEL,

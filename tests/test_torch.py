@@ -20,9 +20,17 @@ transformers = pytest.importorskip("transformers")
 pytestmark = pytest.mark.torch
 
 UNTIED = ModelConfig(
-    vocab_size=320, hidden_size=96, intermediate_size=160, num_layers=3, num_heads=6, num_kv_heads=2, head_dim=32, tie_embeddings=False,
-    rope_theta=5e6, mask_token_id=319,
-)  # fmt: skip
+    vocab_size=320,
+    hidden_size=96,
+    intermediate_size=160,
+    num_layers=3,
+    num_heads=6,
+    num_kv_heads=2,
+    head_dim=32,
+    tie_embeddings=False,
+    rope_theta=5e6,
+    mask_token_id=319,
+)
 
 
 def quiet(line: str) -> None:
@@ -105,9 +113,17 @@ def test_exported_model_in_transformers(tmp_path, tie, shard_bytes):
 def test_model_saved_by_transformers(tmp_path, tie):
     """Their files, sharded and in bfloat16, are read: logits in float32 agree."""
     settings = transformers.Qwen3Config(
-        vocab_size=320, hidden_size=96, intermediate_size=160, num_hidden_layers=3, num_attention_heads=6, num_key_value_heads=2, head_dim=32,
-        tie_word_embeddings=tie, rope_theta=5e5, max_position_embeddings=1024,
-    )  # fmt: skip
+        vocab_size=320,
+        hidden_size=96,
+        intermediate_size=160,
+        num_hidden_layers=3,
+        num_attention_heads=6,
+        num_key_value_heads=2,
+        head_dim=32,
+        tie_word_embeddings=tie,
+        rope_theta=5e5,
+        max_position_embeddings=1024,
+    )
     torch.manual_seed(0)
     transformers.Qwen3ForCausalLM(settings).to(torch.bfloat16).save_pretrained(
         tmp_path / "model", max_shard_size="300KB"

@@ -57,8 +57,14 @@ def config(tmp_path_factory):
     micro.write_examples(data)
     config = from_config_dict(micro.get_config(f"data={data},steps={STEPS}"))
     return dataclasses.replace(
-        config, mesh=dataclasses.replace(config.mesh, tensor=2), log_every=1, eval_every=4, checkpoint_every_steps=3, keep_last=2, keep_best=1
-    )  # fmt: skip
+        config,
+        mesh=dataclasses.replace(config.mesh, tensor=2),
+        log_every=1,
+        eval_every=4,
+        checkpoint_every_steps=3,
+        keep_last=2,
+        keep_best=1,
+    )
 
 
 @pytest.fixture(scope="module")

@@ -211,10 +211,23 @@ def measure(case: Case, token_threshold: float, steps: int, bytes_per_second: fl
 
 
 COLUMNS = {
-    "batch": "{}", "method": "{}", "speculate": "{}", "window": "{}", "tokens": "{}", "forwards": "{}", "tokens_per_forward": "{:.2f}",
-    "forwards_per_token": "{:.2f}", "ms_per_forward": "{:.2f}", "prefill_ms": "{:.1f}", "tokens_per_second": "{:.1f}", "speed-up": "{:.2f}",
-    "of_bandwidth": "{:.2f}", "compile_seconds": "{:.1f}", "cache_bytes": "{:.3g}", "temporary_bytes": "{:.3g}",
-}  # fmt: skip
+    "batch": "{}",
+    "method": "{}",
+    "speculate": "{}",
+    "window": "{}",
+    "tokens": "{}",
+    "forwards": "{}",
+    "tokens_per_forward": "{:.2f}",
+    "forwards_per_token": "{:.2f}",
+    "ms_per_forward": "{:.2f}",
+    "prefill_ms": "{:.1f}",
+    "tokens_per_second": "{:.1f}",
+    "speed-up": "{:.2f}",
+    "of_bandwidth": "{:.2f}",
+    "compile_seconds": "{:.1f}",
+    "cache_bytes": "{:.3g}",
+    "temporary_bytes": "{:.3g}",
+}
 
 
 def table(results: list[dict[str, Any]]) -> str:

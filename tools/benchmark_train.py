@@ -187,10 +187,21 @@ def torch_seconds(config: Config) -> dict[str, float]:
 
 
 COLUMNS = {
-    "batch": "{}", "length": "{}", "remat": "{}", "attention": "{}", "compile_seconds": "{:.1f}", "step_seconds": "{:.4f}",
-    "tokens_per_second": "{:.0f}", "padding": "{:.1%}", "mfu": "{:.3f}", "of_matmul": "{:.3f}", "peak_bytes": "{:.3g}",
-    "input_wait": "{:.1%}", "corruption": "{:.1%}", "forward_seconds": "{:.4f}",
-}  # fmt: skip
+    "batch": "{}",
+    "length": "{}",
+    "remat": "{}",
+    "attention": "{}",
+    "compile_seconds": "{:.1f}",
+    "step_seconds": "{:.4f}",
+    "tokens_per_second": "{:.0f}",
+    "padding": "{:.1%}",
+    "mfu": "{:.3f}",
+    "of_matmul": "{:.3f}",
+    "peak_bytes": "{:.3g}",
+    "input_wait": "{:.1%}",
+    "corruption": "{:.1%}",
+    "forward_seconds": "{:.4f}",
+}
 
 
 def table(results: list[dict]) -> str:
@@ -235,9 +246,11 @@ def main() -> None:
     choices += [arguments.remat or [config.model.remat], arguments.attention or [config.model.attention]]
     for batch, length, remat, attention in itertools.product(*choices):
         case = dataclasses.replace(
-            config, batch_size=batch, data=dataclasses.replace(config.data, max_length=length),
+            config,
+            batch_size=batch,
+            data=dataclasses.replace(config.data, max_length=length),
             model=dataclasses.replace(config.model, remat=remat, attention=attention),
-        )  # fmt: skip
+        )
         if arguments.synthetic:
             rows = synthetic_rows(case)
         else:
@@ -253,8 +266,11 @@ def main() -> None:
         if arguments.torch:
             result["torch"] = torch_seconds(case)
         results.append(result)
-        print(f"batch {batch}, length {length}, {remat}, {attention}: step {result['step_seconds']:.4f} s, {result['tokens_per_second']:.0f} useful tokens/s; "
-              f"input pipeline alone {result['input']['examples_per_second']:.0f} examples/s, {result['input']['tokens_per_second']:.0f} tokens/s", flush=True)  # fmt: skip
+        print(
+            f"batch {batch}, length {length}, {remat}, {attention}: step {result['step_seconds']:.4f} s, {result['tokens_per_second']:.0f} useful tokens/s; "
+            f"input pipeline alone {result['input']['examples_per_second']:.0f} examples/s, {result['input']['tokens_per_second']:.0f} tokens/s",
+            flush=True,
+        )
         if arguments.torch:
             print(
                 f"  PyTorch: loss {result['torch']['forward_seconds']:.4f} s (here {result['forward_seconds']:.4f} "

@@ -65,10 +65,15 @@ def reference_inputs(config: ModelConfig, batch: dict[str, np.ndarray]) -> Denoi
         segment_ids=segments,
         targets=jnp.maximum(jnp.asarray(labels, jnp.int32), 0),
         terms=loss_terms(
-            ar=(labels >= 0) & ~masked, mdm=(labels >= 0) & masked, q=row("mask_prob"), response_length=row("response_length"),
-            segment_ids=segments, examples=len(labels), config=ObjectiveConfig(),
+            ar=(labels >= 0) & ~masked,
+            mdm=(labels >= 0) & masked,
+            q=row("mask_prob"),
+            response_length=row("response_length"),
+            segment_ids=segments,
+            examples=len(labels),
+            config=ObjectiveConfig(),
         ),
-    )  # fmt: skip
+    )
 
 
 def check_losses(config: ModelConfig, params: dict, path: pathlib.Path) -> tuple[int, int, list[str]]:

@@ -131,8 +131,9 @@ def decode_program(
     place = lambda abstract, shard: jax.ShapeDtypeStruct(abstract.shape, abstract.dtype, sharding=shard)
     weights = jax.tree.map(
         lambda p, shard: jax.ShapeDtypeStruct(p.shape, model.dtype, sharding=shard),
-        nn.unbox(sharding.abstract_params(model)), sharding.param_shardings(model, mesh, sharding.DECODE_RULES),
-    )  # fmt: skip
+        nn.unbox(sharding.abstract_params(model)),
+        sharding.param_shardings(model, mesh, sharding.DECODE_RULES),
+    )
     rows = NamedSharding(mesh, PartitionSpec(("data", "fsdp")))
     cache = NamedSharding(mesh, PartitionSpec(None, ("data", "fsdp"), "tensor"))
     state = jax.eval_shape(lambda: sampler.empty(batch, cache_length))

@@ -59,9 +59,16 @@ def cells(result: dict) -> list[str]:
     seconds = result["seconds"]
     milliseconds = lambda name: f"{seconds[name] * 1e3:.{0 if seconds[name] > 0.01 else 1}f}"
     return [
-        f"{config}, {result['topology']}", result["settings"], mesh, gib(result["argument_bytes"]), gib(result["temporary_bytes"]), f"{gib(result['peak_bytes'])} of {gib(result['chip_bytes'])}",
-        f"{sent / 1e9:.1f}", *map(milliseconds, ("compute", "memory", "interconnect")), seconds["limit"],
-    ]  # fmt: skip
+        f"{config}, {result['topology']}",
+        result["settings"],
+        mesh,
+        gib(result["argument_bytes"]),
+        gib(result["temporary_bytes"]),
+        f"{gib(result['peak_bytes'])} of {gib(result['chip_bytes'])}",
+        f"{sent / 1e9:.1f}",
+        *map(milliseconds, ("compute", "memory", "interconnect")),
+        seconds["limit"],
+    ]
 
 
 def table(results: list[dict], title: str) -> str:

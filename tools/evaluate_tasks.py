@@ -46,9 +46,16 @@ def solve(
                 flush=True,
             )
     return {
-        "task": source.name, "method": config.method, "examples": len(queries), "exact_match": right / len(queries), "tokens": tokens,
-        "forwards": forwards, "tokens_per_forward": tokens / forwards, "seconds": time.perf_counter() - start, "wrong": wrong,
-    }  # fmt: skip
+        "task": source.name,
+        "method": config.method,
+        "examples": len(queries),
+        "exact_match": right / len(queries),
+        "tokens": tokens,
+        "forwards": forwards,
+        "tokens_per_forward": tokens / forwards,
+        "seconds": time.perf_counter() - start,
+        "wrong": wrong,
+    }
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -63,9 +63,13 @@ def with_tokenizer(config: ModelConfig, tokenizer: Tokenizer, where: Any) -> Mod
             "Use the tokenizer the model was made for."
         )
     return dataclasses.replace(
-        config, logical_vocab_size=tokenizer.vocab_size, mask_token_id=tokenizer.mask_id,
-        begin_token_id=tokenizer.begin_id, eos_token_id=tokenizer.eos_id, pad_token_id=tokenizer.pad_id,
-    )  # fmt: skip
+        config,
+        logical_vocab_size=tokenizer.vocab_size,
+        mask_token_id=tokenizer.mask_id,
+        begin_token_id=tokenizer.begin_id,
+        eos_token_id=tokenizer.eos_id,
+        pad_token_id=tokenizer.pad_id,
+    )
 
 
 def tokenizer_source(source: str | pathlib.Path, step: int | None = None) -> str:

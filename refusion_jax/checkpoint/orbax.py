@@ -187,9 +187,13 @@ class Checkpoints:
                 )
             )
         options = ocp.CheckpointManagerOptions(
-            preservation_policy=checkpoint_managers.AnyPreservationPolicy(policies), best_fn=loss if keep_best else None, best_mode="min",
-            cleanup_tmp_directories=True, save_interval_steps=1, async_options=ocp.AsyncOptions(barrier_sync_fn=self._meet),
-        )  # fmt: skip
+            preservation_policy=checkpoint_managers.AnyPreservationPolicy(policies),
+            best_fn=loss if keep_best else None,
+            best_mode="min",
+            cleanup_tmp_directories=True,
+            save_interval_steps=1,
+            async_options=ocp.AsyncOptions(barrier_sync_fn=self._meet),
+        )
         self._failure: BaseException | None = None  # what a save in the background failed with
         try:
             (self._folder / "checkpoints").mkdir(parents=True, exist_ok=True)

@@ -107,10 +107,20 @@ def qwen3(size: str) -> ModelConfig:
         raise UserError(f"There is no Qwen3 of size {size!r}; choose one of {', '.join(_QWEN3)}.")
     layers, hidden, heads, mlp, tied = _QWEN3[size]
     return ModelConfig(
-        vocab_size=151936, logical_vocab_size=151671, hidden_size=hidden, intermediate_size=mlp, num_layers=layers,
-        num_heads=heads, num_kv_heads=8, head_dim=128, tie_embeddings=tied,
-        mask_token_id=151670, begin_token_id=151669, eos_token_id=151645, pad_token_id=151643,
-    )  # fmt: skip
+        vocab_size=151936,
+        logical_vocab_size=151671,
+        hidden_size=hidden,
+        intermediate_size=mlp,
+        num_layers=layers,
+        num_heads=heads,
+        num_kv_heads=8,
+        head_dim=128,
+        tie_embeddings=tied,
+        mask_token_id=151670,
+        begin_token_id=151669,
+        eos_token_id=151645,
+        pad_token_id=151643,
+    )
 
 
 def from_huggingface(source: dict[str, Any] | str | pathlib.Path) -> ModelConfig:

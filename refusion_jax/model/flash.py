@@ -117,7 +117,7 @@ def splash(q: jax.Array, k: jax.Array, v: jax.Array, segment_ids: jax.Array, *, 
         q_seq_shards=1,
         residual_checkpoint_name="attended",
         interpret=interpret,
-    )  # fmt: skip
+    )
     heads_first = lambda x: jnp.swapaxes(x, 1, 2)
     ids = splash_attention.SegmentIds(q=segment_ids, kv=segment_ids)
     out = jax.vmap(kernel)(heads_first(q) * jnp.asarray(dim**-0.5, q.dtype), heads_first(k), heads_first(v), ids)

@@ -155,9 +155,14 @@ def corrupt(key: jax.Array, batch: PackedBatch, config: ObjectiveConfig, mask_to
     has_successor = clean & ((where.offset + 1) % size != 0) & (where.offset + 1 < where.response_length)
     targets = jnp.where(masked, batch.tokens, jnp.where(has_successor, successor, 0))
     terms = loss_terms(
-        ar=has_successor, mdm=masked, q=q, response_length=where.response_length, segment_ids=where.segment_ids,
-        examples=jnp.sum(batch.lengths > 0), config=config,
-    )  # fmt: skip
+        ar=has_successor,
+        mdm=masked,
+        q=q,
+        response_length=where.response_length,
+        segment_ids=where.segment_ids,
+        examples=jnp.sum(batch.lengths > 0),
+        config=config,
+    )
     return Denoising(
         tokens=moved(jnp.where(masked, mask_token_id, batch.tokens)),
         positions=moved(where.positions),

@@ -41,9 +41,16 @@ class Autoregressive:
         zeros = jnp.zeros(batch, jnp.int32)
         index = jnp.broadcast_to(jnp.arange(self.length), (batch, self.length))
         rows = Row(
-            done=zeros == 0, prompt_length=zeros, key=jax.vmap(jax.random.key)(zeros), count=zeros, tokens=jnp.zeros_like(index),
-            offsets=index, rounds=index, forwards=zeros, tokens_forwarded=zeros,
-        )  # fmt: skip
+            done=zeros == 0,
+            prompt_length=zeros,
+            key=jax.vmap(jax.random.key)(zeros),
+            count=zeros,
+            tokens=jnp.zeros_like(index),
+            offsets=index,
+            rounds=index,
+            forwards=zeros,
+            tokens_forwarded=zeros,
+        )
         return State(cache=KVCache.empty(self.model, batch, cache_length), rows=rows)
 
     def prefill(

@@ -113,12 +113,25 @@ class PlanAndInfill:
         n, k = self.slots, self.slot_size
         of = lambda shape, value, dtype=jnp.int32: jnp.full((batch, *shape), value, dtype)
         rows = Row(
-            phase=of((), DONE), prompt_length=of((), 0), block=of((), 0), round=of((), 0), ended=of((), False, bool),
-            remaining=of((n,), True, bool), chosen=of((n,), False, bool), fill=of((n, k), 0), confidence=of((n, k), 0, jnp.float32),
-            prefix=of((n,), 0), predicting=of((n,), False, bool), key=jax.vmap(jax.random.key)(jnp.zeros(batch, jnp.uint32)),
-            count=of((), 0), tokens=of((self.length,), 0), offsets=of((self.length,), 0), rounds=of((self.length,), 0),
-            forwards=of((), 0), tokens_forwarded=of((), 0),
-        )  # fmt: skip
+            phase=of((), DONE),
+            prompt_length=of((), 0),
+            block=of((), 0),
+            round=of((), 0),
+            ended=of((), False, bool),
+            remaining=of((n,), True, bool),
+            chosen=of((n,), False, bool),
+            fill=of((n, k), 0),
+            confidence=of((n, k), 0, jnp.float32),
+            prefix=of((n,), 0),
+            predicting=of((n,), False, bool),
+            key=jax.vmap(jax.random.key)(jnp.zeros(batch, jnp.uint32)),
+            count=of((), 0),
+            tokens=of((self.length,), 0),
+            offsets=of((self.length,), 0),
+            rounds=of((self.length,), 0),
+            forwards=of((), 0),
+            tokens_forwarded=of((), 0),
+        )
         return State(cache=KVCache.empty(self.model, batch, cache_length), rows=rows)
 
     def prefill(
