@@ -4,8 +4,8 @@
     ... --config.lora.rank=16 --config.optimizer.lr=2e-4      adapters only, for a small accelerator
 
 Arguments: init_from (a Hugging Face folder or name, or a checkpoint folder), data (JSON list or JSONL of query/response
-records), tokenizer (the checkpoint's unless given), dtype (of computing), max_length, held_out (share of the data that is
-evaluated on and not trained on; 0 for none).
+records), tokenizer (the checkpoint's unless given), dtype (of computing), max_length, held_out (share of the data that
+is evaluated on and not trained on; 0 for none).
 """
 
 from ml_collections import ConfigDict

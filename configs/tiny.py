@@ -23,7 +23,7 @@ def get_config(argument: str = "") -> ConfigDict:
         rope_theta=10000.0,
         max_position_embeddings=512,
     )
-    # Only the word of "Spell this word backward (example: sun -> nus): word": with bytes, the rest is most of the tokens.
+    # Only the word of "Spell this word backward (example: sun -> nus): word": in bytes the rest is most of the tokens.
     options = (("min_word_len", 3), ("max_word_len", 10), ("query_pattern", r": (\w+)$"))
     task = dict(kind="procedural", path="spell_backward", size=20000, options=options)
     return ConfigDict(

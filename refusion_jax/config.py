@@ -6,14 +6,15 @@ import dataclasses
 import json
 import pathlib
 import runpy
+import traceback
 import types
-import typing
 from typing import Any
 
 from ml_collections import ConfigDict
 
 from refusion_jax.errors import UserError
 from refusion_jax.model.config import ModelConfig, from_huggingface, qwen3
+from refusion_jax.settings import build
 
 SOURCE_KINDS = ("json", "jsonl", "tfds", "parquet", "array_record", "text", "procedural")
 
@@ -46,8 +47,8 @@ class SourceConfig:
       weight: passes over this source per epoch; with 0.5 the epochs take halves in turn.
       query_field, response_field: fields of a record; no query_field: the response is a plain document.
       split: split of a tfds data set.
-      start, stop: the part of the source to use, as fractions of it. The split goes by a hash of the prompt, so no prompt
-        is on two sides of a cut: give training and evaluation parts of the same source.
+      start, stop: the part of the source to use, as fractions of it. The split goes by a hash of the prompt, so no
+        prompt is on two sides of a cut: give training and evaluation parts of the same source.
       size, seed, options: of a procedural task: number of examples, seed, parameters of the task and query_pattern
         (`data.tasks.Task`). Other options: separator (text: what stands between documents) and data_dir (tfds).
     """
@@ -248,53 +249,13 @@ class Config:
         return json.dumps(dataclasses.asdict(self), sort_keys=True)
 
 
-def _build(cls: type, value: Any, where: str) -> Any:
-    """`value` (nested dict) as dataclass `cls`; unknown keys, missing keys and wrong types are errors."""
-    hints = typing.get_type_hints(cls)
-    fields = {f.name: f for f in dataclasses.fields(cls)}
-    if not isinstance(value, dict):
-        raise UserError(f"{where} is {value!r}; expected a group of settings ({', '.join(fields)}).")
-    unknown = sorted(set(value) - set(fields))
-    if unknown:
-        raise UserError(f"Unknown setting {where}.{unknown[0]}; {where} has {', '.join(sorted(fields))}.")
-    missing = [
-        n
-        for n, f in fields.items()
-        if n not in value and f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
-    ]
-    if missing:
-        raise UserError(f"{where} lacks the setting {missing[0]}.")
-    return cls(**{name: _convert(hints[name], item, f"{where}.{name}") for name, item in value.items()})
-
-
-def _convert(hint: Any, value: Any, where: str) -> Any:
-    if dataclasses.is_dataclass(hint):
-        return _build(hint, value, where)
-    if typing.get_origin(hint) is tuple:
-        if isinstance(value, dict):  # options of a task
-            value = list(value.items())
-        if not isinstance(value, (list, tuple)):
-            raise UserError(f"{where} is {value!r}; expected a list.")
-        inner = typing.get_args(hint)
-        if inner[-1] is Ellipsis:
-            return tuple(_convert(inner[0], item, f"{where}[{i}]") for i, item in enumerate(value))
-        return tuple(value)
-    allowed = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
-    if float in allowed and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
-    if Any not in allowed and not (isinstance(value, allowed) and (bool in allowed or not isinstance(value, bool))):
-        names = " or ".join("none" if a is type(None) else a.__name__ for a in allowed)
-        raise UserError(f"{where} is {value!r} ({type(value).__name__}); expected {names}.")
-    return value
-
-
 def from_config_dict(config: ConfigDict | dict) -> Config:
     """Validates a whole config.
 
     Raises:
       UserError: an unknown or missing setting, or one of the wrong type or range.
     """
-    return _build(Config, config.to_dict() if isinstance(config, ConfigDict) else dict(config), "config")
+    return build(Config, config.to_dict() if isinstance(config, ConfigDict) else dict(config), "config")
 
 
 def model_settings(source: str | ModelConfig, **overrides: Any) -> ConfigDict:
@@ -330,18 +291,16 @@ def load_config(argument: str, overrides: dict[str, str] | None = None) -> Confi
 
     Args:
       argument: `path.py` or `path.py:name=value,...`; the file has `get_config(argument) -> ConfigDict`.
-      overrides: dotted name -> text; texts are Python literals where they parse as one (`1e-4`, `[4, 8]`), else strings.
+      overrides: dotted name -> text; texts are Python literals where they parse as one (`1e-4`, `[4, 8]`), else
+        strings.
 
     Raises:
-      UserError: no such file, or an unknown or impossible setting.
+      UserError: no such file, one that does not run, or an unknown or impossible setting.
     """
     path, _, argument = argument.partition(":")
     if not pathlib.Path(path).is_file():
         raise UserError(f"There is no config file {path}; the ones that come with the project are in configs/.")
-    get_config = runpy.run_path(path).get("get_config")
-    if get_config is None:
-        raise UserError(f"{path} has no function get_config(argument); see the files in configs/.")
-    settings = get_config(argument).to_dict()
+    settings = _run_file(path, argument)
     for name, text in (overrides or {}).items():
         try:
             value = ast.literal_eval(text)
@@ -355,6 +314,28 @@ def load_config(argument: str, overrides: dict[str, str] | None = None) -> Confi
             _item(group, last, name)  # is there
         group[int(last) if isinstance(group, list) else last] = value
     return from_config_dict(settings)
+
+
+def _run_file(path: str, argument: str) -> dict[str, Any]:
+    """What a config file's `get_config(argument)` returns; a UserError names the line that raises anything."""
+    try:
+        get_config = runpy.run_path(path).get("get_config")
+        settings = get_config(argument) if get_config else None
+    except UserError:
+        raise
+    except Exception as error:
+        if isinstance(error, SyntaxError) and error.filename and pathlib.Path(error.filename).is_file():
+            # In this file, or in one that it imports.
+            place, reason = f"{error.filename} line {error.lineno}", f"{error.msg}: {(error.text or '').strip()!r}"
+        else:
+            lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == path]
+            place, reason = f"{path} line {lines[-1]}" if lines else path, str(error)
+        raise UserError(f"The config file {place} raises {type(error).__name__} ({reason}); mend that line.") from error
+    if get_config is None:
+        raise UserError(f"{path} has no function get_config(argument); see the files in configs/.")
+    if not isinstance(settings, ConfigDict):
+        raise UserError(f"get_config of {path} returns {settings!r}; it must return an ml_collections.ConfigDict.")
+    return settings.to_dict()
 
 
 def _item(group: Any, part: str, name: str) -> Any:

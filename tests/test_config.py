@@ -139,6 +139,24 @@ def test_a_config_file_without_a_config(tmp_path):
         load_config(str(tmp_path / "empty.py"))
 
 
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        ("def get_config(_):\n  return ConfigDict(\n", r"wrong.py line 2 raises SyntaxError \('\(' was never closed"),
+        ("\nimport absent_module\n", "wrong.py line 2 raises ModuleNotFoundError .*absent_module"),
+        ("\n\ndef get_config(_):\n  return lr\n", r"wrong.py line 4 raises NameError \(name 'lr' is not defined\)"),
+        ("import json\ndef get_config(_):\n  return json.loads('{')\n", "wrong.py line 3 raises JSONDecodeError"),
+        ("import ast\ndef get_config(_):\n  return ast.literal_eval('1 +')\n", "wrong.py line 3 raises SyntaxError"),
+        ("def get_config(_):\n  return {'steps': 3}\n", "get_config of .*wrong.py returns .*must return .*ConfigDict"),
+    ],
+    ids=str,
+)
+def test_a_config_file_that_does_not_run_is_named_with_its_line(text, message, tmp_path):
+    (tmp_path / "wrong.py").write_text(text)
+    with pytest.raises(UserError, match=message):
+        load_config(str(tmp_path / "wrong.py"))
+
+
 def test_command_line(repository):
     parser = argparse.ArgumentParser()
     add_config_arguments(parser)

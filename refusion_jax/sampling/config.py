@@ -1,6 +1,7 @@
 """What to decode and how: settings, their checks, and the result of one prompt."""
 
 import dataclasses
+import math
 from collections.abc import Sequence
 
 import jax.numpy as jnp
@@ -63,8 +64,8 @@ class SamplerConfig:
                 raise UserError(
                     f"{name} is {getattr(self, name)}; it is compared with a probability and must lie in [0, 1]."
                 )
-        if not self.temperature >= 0:
-            raise UserError(f"temperature is {self.temperature}; it must be 0 (greedy) or above.")
+        if not 0 <= self.temperature < math.inf:
+            raise UserError(f"temperature is {self.temperature}; it must be 0 (greedy) or above, and finite.")
         if self.top_k < 0:
             raise UserError(f"top_k is {self.top_k}; it must be 0 (all ids) or above.")
         if not 0 < self.top_p <= 1:

@@ -1,0 +1,57 @@
+"""Frozen dataclasses from nested dicts, as config files and JSON have them, with every wrong setting named."""
+
+import dataclasses
+import types
+import typing
+from typing import Any
+
+from refusion_jax.errors import UserError
+
+
+def build(cls: type, value: Any, where: str) -> Any:
+    """A nested dict as a dataclass.
+
+    Args:
+      cls: a dataclass whose fields have types that JSON knows, tuples, or dataclasses.
+      value: the dict; lists stand for tuples, whole numbers for floats.
+      where: what it is called, in messages.
+
+    Raises:
+      UserError: an unknown key, a missing key or a value of the wrong type, by name; or what `cls` itself refuses.
+    """
+    hints = typing.get_type_hints(cls)
+    fields = {f.name: f for f in dataclasses.fields(cls)}
+    if not isinstance(value, dict):
+        raise UserError(f"{where} is {value!r}; expected a group of settings ({', '.join(fields)}).")
+    unknown = sorted(set(value) - set(fields))
+    if unknown:
+        raise UserError(f"Unknown setting {where}.{unknown[0]}; {where} has {', '.join(sorted(fields))}.")
+    missing = [
+        n
+        for n, f in fields.items()
+        if n not in value and f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
+    ]
+    if missing:
+        raise UserError(f"{where} lacks the setting {missing[0]}.")
+    return cls(**{name: _convert(hints[name], item, f"{where}.{name}") for name, item in value.items()})
+
+
+def _convert(hint: Any, value: Any, where: str) -> Any:
+    if dataclasses.is_dataclass(hint):
+        return build(hint, value, where)
+    if typing.get_origin(hint) is tuple:
+        if isinstance(value, dict):  # options of a task
+            value = list(value.items())
+        if not isinstance(value, (list, tuple)):
+            raise UserError(f"{where} is {value!r}; expected a list.")
+        inner = typing.get_args(hint)
+        if inner[-1] is Ellipsis:
+            return tuple(_convert(inner[0], item, f"{where}[{i}]") for i, item in enumerate(value))
+        return tuple(value)
+    allowed = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
+    if float in allowed and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if Any not in allowed and not (isinstance(value, allowed) and (bool in allowed or not isinstance(value, bool))):
+        names = " or ".join("none" if a is type(None) else a.__name__ for a in allowed)
+        raise UserError(f"{where} is {value!r} ({type(value).__name__}); expected {names}.")
+    return value
