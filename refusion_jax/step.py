@@ -15,8 +15,10 @@ from jax.sharding import Mesh
 from refusion_jax import lora
 from refusion_jax.config import Config, OptimizerConfig
 from refusion_jax.errors import UserError
-from refusion_jax.model.qwen3 import Qwen3, init_params, output_table
-from refusion_jax.objective.losses import TokenLoss, numerator, token_loss
+from refusion_jax.model.attention import Packed
+from refusion_jax.model.head import over_vocabulary
+from refusion_jax.model.qwen3 import Qwen3, init_params, unstacked
+from refusion_jax.objective.losses import TokenLoss, cross_entropy, numerator
 from refusion_jax.objective.slots import Denoising, PackedBatch, corrupt
 from refusion_jax.parallel import sharding
 
@@ -78,14 +80,11 @@ def token_losses(config: Config, params: dict, frozen: dict, inputs: Denoising) 
         variables = {"params": compute_params(frozen, config.model.dtype), "lora": lora.scaled(params, config.lora)}
     else:
         variables = {"params": compute_params(params, config.model.dtype)}
-    hidden = Qwen3(config.model).apply(variables, inputs.tokens, inputs.positions, inputs.segment_ids)
-    return token_loss(
-        hidden,
-        output_table(variables["params"]),
-        inputs.targets,
-        logical_vocab_size=config.model.logical_vocab_size,
-        chunk=config.objective.loss_chunk,
-    )
+    if not config.model.scan_layers:
+        variables = {name: unstacked(tree) for name, tree in variables.items()}
+    context = Packed(inputs.segment_ids, implementation=config.model.attention)
+    hidden, _ = Qwen3(config.model).apply(variables, inputs.tokens, inputs.positions, context)
+    return over_vocabulary(config.model, variables["params"], hidden, cross_entropy, inputs.targets)
 
 
 def train_step(

@@ -1,7 +1,12 @@
-"""Attention: within the segments of a packed row (training) and on top of a cache (decoding).
+"""Attention contexts: which keys a query sees, and where they come from.
 
-Both kinds are a small struct that a layer calls with its queries, keys and values, so that the layer itself does not
-know which it serves.
+A context is what the caller of the model passes along: a small struct with `attend(q, k, v) -> (out, context)`, called once
+by every layer. The model never chooses one.
+
+    Packed      rows of several examples, each seeing its own: causal, all, block-causal, or with extra visibility
+    TwoStream   block diffusion in training: a noisy and a clean copy of every token
+    Appended    decoding: a window behind the entries of a cache
+    InPlace     decoding: a window that overwrites its own positions in a cache, stale entries included
 """
 
 import functools
@@ -13,9 +18,10 @@ from jax.ad_checkpoint import checkpoint_name
 
 from refusion_jax.model import flash
 from refusion_jax.model.cache import KVCache
+from refusion_jax.model.layers import devices_over
 
-QUERY_CHUNK = 512  # queries whose scores exist at a time in the XLA implementation
-KEY_CHUNK = 512  # cached keys whose scores exist at a time
+QUERY_CHUNK = 512  # queries whose scores exist at a time in training
+SCORE_BYTES = 2**28  # of float32 scores against a cache that one device holds at a time
 
 
 def masked_attention(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array) -> jax.Array:
@@ -37,121 +43,208 @@ def masked_attention(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array) 
     return jnp.einsum("BKGTS,BSKH->BTKGH", weights, v.astype(q.dtype)).reshape(q.shape)
 
 
-def segment_attention(q: jax.Array, k: jax.Array, v: jax.Array, segment_ids: jax.Array) -> jax.Array:
-    """Causal attention within segments in plain XLA, `QUERY_CHUNK` queries at a time, forward and backward.
+def chunked_attention(q: jax.Array, k: jax.Array, v: jax.Array, visible) -> jax.Array:
+    """Attention in plain XLA, `QUERY_CHUNK` queries at a time, forward and backward.
 
     Args:
       q: [batch, length, heads, head_dim].
       k, v: [batch, length, kv_heads, head_dim].
-      segment_ids: [batch, length]; a token sees its own segment only, nothing later in the buffer.
+      visible: from indices of queries [query] to the mask [batch, query, length] of keys that they see.
 
     Returns:
       [batch, length, heads, head_dim] in q's dtype.
     """
     length = q.shape[1]
-    index = jnp.arange(length)
-
-    def attend(q: jax.Array, segments: jax.Array, rows: jax.Array) -> jax.Array:
-        mask = (segments[:, :, None] == segment_ids[:, None, :]) & (rows[:, None] >= index)
-        return masked_attention(q, k, v, mask)
-
     if length <= QUERY_CHUNK:
-        return attend(q, segment_ids, index)
+        return masked_attention(q, k, v, visible(jnp.arange(length)))
     chunks = -(-length // QUERY_CHUNK)
     pad = chunks * QUERY_CHUNK - length
+    split = jnp.pad(q, ((0, 0), (0, pad), (0, 0), (0, 0))).reshape(q.shape[0], chunks, QUERY_CHUNK, *q.shape[2:])
 
-    def split(x: jax.Array, axis: int) -> jax.Array:  # [.., length, ..] -> [chunks, .., QUERY_CHUNK, ..]
-        x = jnp.pad(x, [(0, pad if a == axis else 0) for a in range(x.ndim)])
-        return jnp.moveaxis(x.reshape(*x.shape[:axis], chunks, QUERY_CHUNK, *x.shape[axis + 1 :]), axis, 0)
+    @jax.checkpoint
+    def attend(q, rows):
+        return masked_attention(q, k, v, visible(jnp.minimum(rows, length - 1)))
 
-    out = jax.lax.map(
-        lambda chunk: jax.checkpoint(attend)(*chunk), (split(q, 1), split(segment_ids, 1), split(index, 0))
-    )
+    rows = jnp.arange(chunks * QUERY_CHUNK).reshape(chunks, QUERY_CHUNK)
+    out = jax.lax.map(lambda chunk: attend(*chunk), (jnp.moveaxis(split, 1, 0), rows))
     return jnp.moveaxis(out, 0, 1).reshape(q.shape[0], chunks * QUERY_CHUNK, *q.shape[2:])[:, :length]
 
 
 @struct.dataclass
-class SegmentAttention:
-    """Causal attention within the segments of each row, by the named implementation (`flash.choose` for "auto")."""
+class Packed:
+    """Rows of packed examples: a token sees tokens of its own segment only, and of these those that `see` says.
 
-    segment_ids: jax.Array  # [batch, length]
+    Attributes:
+      segment_ids: [batch, length] int32, 0 is padding.
+      see: "causal" (those before it in the buffer, and itself), "all", or "block" (those of its own and earlier blocks).
+      blocks: [batch, length] int32, the block of every token; for "block" only.
+      extra: [length, length] bool (query, key), seen besides, inside the segment; None: nothing.
+      implementation: of the kernel (`flash.choose` for "auto").
+    """
+
+    segment_ids: jax.Array
+    blocks: jax.Array | None = None
+    extra: jax.Array | None = None
+    see: str = struct.field(pytree_node=False, default="causal")
     implementation: str = struct.field(pytree_node=False, default="auto")
+
+    def visible(self, rows: jax.Array) -> jax.Array:
+        """Mask [batch, query, length] of queries with the given indices [query]."""
+        same = self.segment_ids[:, rows, None] == self.segment_ids[:, None, :]
+        if self.see == "all":
+            return same
+        if self.see == "causal":
+            seen = (rows[:, None] >= jnp.arange(self.segment_ids.shape[1]))[None]
+        else:
+            seen = self.blocks[:, rows, None] >= self.blocks[:, None, :]
+        return same & (seen if self.extra is None else seen | self.extra[rows])
 
     def attend(self, q, k, v):
         """q [B, T, N, H], k and v [B, T, K, H] -> ([B, T, N, H] under the checkpoint name "attended", self)."""
         platform, kind = flash.platform()
-        name = flash.choose(self.implementation, platform, kind, q.shape[1], q.shape[3], q.dtype.name)
+        plain = self.see == "block" or self.extra is not None  # no kernel has these
+        name = (
+            "xla" if plain else flash.choose(self.implementation, platform, kind, q.shape[1], q.shape[3], q.dtype.name)
+        )
+        if name == "xla":
+            return checkpoint_name(chunked_attention(q, k, v, self.visible), "attended"), self
+        causal = self.see == "causal"
         if name == "splash":
-            kernel = functools.partial(flash.splash, interpret=platform == "cpu")
+            kernel = functools.partial(flash.splash, causal=causal, interpret=platform == "cpu")
             return flash.per_device(kernel, q, k, v, self.segment_ids), self
-        attention = functools.partial(flash.per_device, flash.cudnn) if name == "cudnn" else segment_attention
-        return checkpoint_name(attention(q, k, v, self.segment_ids), "attended"), self
+        kernel = functools.partial(flash.cudnn, causal=causal)
+        return checkpoint_name(flash.per_device(kernel, q, k, v, self.segment_ids), "attended"), self
 
 
 @struct.dataclass
-class CachedAttention:
-    """Attention of a window on top of the committed entries of a cache.
+class TwoStream:
+    """Block diffusion in training: rows hold every token twice, [noisy | clean], length 2 T.
 
-    Each layer writes the window's keys and values at `length .. length + window` of its own slice of the stacked cache,
-    which travels in the carry of the scan over layers: XLA then updates it in place. Keys are read `KEY_CHUNK` at a time and
-    no further than the longest row has come, so neither time nor temporaries follow the size of the cache.
+    A noisy token sees the noisy tokens of its own block and the clean ones of earlier blocks; a clean token sees the clean ones
+    of its own and earlier blocks; all inside their segment.
+
+    Attributes:
+      segment_ids, blocks: [batch, T] int32 of the tokens, once.
     """
 
-    k: jax.Array  # [layer, batch, kv_head, cache_length, head_dim]
-    v: jax.Array
-    length: jax.Array  # [batch] committed entries
-    chunks: jax.Array  # scalar: chunks of the cache that hold all of them
-    window_mask: jax.Array  # [batch, window, window] bool (query, key)
-    layer: jax.Array  # scalar int32
+    segment_ids: jax.Array
+    blocks: jax.Array
 
-    @classmethod
-    def start(cls, cache: KVCache, window_mask: jax.Array | None, window: int) -> "CachedAttention":
-        """Attention context of the first layer; `window_mask` [batch, query, key] bool, None = causal."""
-        if window_mask is None:
-            window_mask = jnp.broadcast_to(jnp.tri(window, dtype=bool), (cache.length.size, window, window))
-        chunks = -(-jnp.max(cache.length) // KEY_CHUNK)
-        return cls(
-            k=cache.k, v=cache.v, length=cache.length, chunks=chunks, window_mask=window_mask, layer=jnp.int32(0)
+    def visible(self, rows: jax.Array) -> jax.Array:
+        """Mask [batch, query, 2 T] of queries with the given indices [query] in the doubled row."""
+        twice = lambda x: jnp.concatenate([x, x], axis=1)
+        segments, blocks = twice(self.segment_ids), twice(self.blocks)
+        clean = jnp.arange(segments.shape[1]) >= self.segment_ids.shape[1]
+        of, by = blocks[:, rows, None], blocks[:, None, :]
+        from_noisy = jnp.where(clean, by < of, by == of)
+        from_clean = clean & (by <= of)
+        seen = jnp.where(clean[rows][:, None], from_clean, from_noisy)
+        return seen & (segments[:, rows, None] == segments[:, None, :])
+
+    def attend(self, q, k, v):
+        """q [B, 2 T, N, H], k and v [B, 2 T, K, H] -> ([B, 2 T, N, H] under the checkpoint name "attended", self)."""
+        return checkpoint_name(chunked_attention(q, k, v, self.visible), "attended"), self
+
+
+class _Softmax:
+    """A softmax over keys that come in parts: running maximum, sum and weighted values, in float32."""
+
+    def __init__(self, q: jax.Array, kv_heads: int):
+        batch, window, heads, dim = q.shape
+        self.q, self.grouped = q, q.reshape(batch, window, kv_heads, heads // kv_heads, dim)
+        self.shape = (batch, kv_heads, heads // kv_heads, window)
+
+    def start(self) -> tuple[jax.Array, jax.Array, jax.Array]:
+        lowest = jnp.finfo(jnp.float32).min
+        return jnp.full(self.shape, lowest), jnp.zeros(self.shape), jnp.zeros((*self.shape, self.q.shape[-1]))
+
+    def add(self, carry, k: jax.Array, v: jax.Array, mask: jax.Array):
+        """One more part of keys [B, K, S, H] under mask [B, T or 1, S]."""
+        top, total, out = carry  # [B, K, G, T], the same, [B, K, G, T, H]
+        dtype = self.q.dtype
+        scores = jnp.einsum("BTKGH,BKSH->BKGTS", self.grouped, k.astype(dtype), preferred_element_type=jnp.float32)
+        scores = jnp.where(mask[:, None, None], scores * k.shape[-1] ** -0.5, jnp.finfo(jnp.float32).min)
+        new_top = jnp.maximum(top, scores.max(axis=-1))
+        weights, old = jnp.exp(scores - new_top[..., None]), jnp.exp(top - new_top)
+        # A part of which a query sees nothing weighs nothing, whatever comes first.
+        weights = jnp.where(mask[:, None, None], weights, 0.0)
+        part = jnp.einsum(
+            "BKGTS,BKSH->BKGTH", weights.astype(dtype), v.astype(dtype), preferred_element_type=jnp.float32
         )
+        return new_top, total * old + weights.sum(axis=-1), out * old[..., None] + part
+
+    def add_cache(self, carry, cache: KVCache, layer: jax.Array | int):
+        """The first `cache.length` entries of a layer, in parts whose scores stay within SCORE_BYTES."""
+        per_entry = 4 * self.q.shape[0] * self.q.shape[1] * self.q.shape[2] // devices_over("batch", "heads")
+        parts = -(-cache.cache_length * per_entry // SCORE_BYTES)
+        size = -(-cache.cache_length // parts)
+        if parts == 1:
+            mask = jnp.arange(size) < cache.length[:, None]
+            return self.add(carry, *cache.read(layer, 0, size), mask[:, None])
+
+        def one(i, carry):
+            first = jnp.minimum(i * size, cache.cache_length - size)  # the last part may overlap the one before
+            entry = first + jnp.arange(size)
+            mask = (entry < cache.length[:, None]) & (entry >= i * size)
+            return self.add(carry, *cache.read(layer, first, size), mask[:, None])
+
+        return jax.lax.fori_loop(0, parts, one, carry)
+
+    def finish(self, carry) -> jax.Array:
+        """[B, T, N, H] in q's dtype; 0 where a query saw nothing."""
+        _, total, out = carry
+        out = (out / jnp.where(total > 0, total, 1.0)[..., None]).astype(self.q.dtype)
+        return jnp.einsum("BKGTH->BTKGH", out).reshape(self.q.shape)
+
+
+@struct.dataclass
+class Appended:
+    """A window behind the `cache.length` committed entries of each row: plan-and-infill, autoregressive, block diffusion.
+
+    Each layer writes the window's keys and values at `length .. length + window`; `cache.length` stays as it is.
+
+    Attributes:
+      cache: as the layers so far have left it.
+      window_mask: [batch, window, window] bool (query, key) inside the window.
+      layer: of the next `attend`.
+    """
+
+    cache: KVCache
+    window_mask: jax.Array
+    layer: jax.Array | int = 0
 
     def attend(self, q, k, v):
         """q [B, T, N, H], k and v [B, T, K, H] -> ([B, T, N, H], self with the window written)."""
-        batch, window, heads, dim = q.shape
-        k, v = (jnp.einsum("BTKH->BKTH", x).astype(self.k.dtype) for x in (k, v))
-        row, head = jnp.arange(batch)[:, None, None], jnp.arange(k.shape[1])[None, :, None]
-        entry = (self.length[:, None] + jnp.arange(window))[:, None]  # [B, 1, T]
-        write = lambda old, new: old.at[self.layer, row, head, entry].set(new, mode="drop", unique_indices=True)
-        keys, values = write(self.k, k), write(self.v, v)
-        grouped = q.reshape(batch, window, k.shape[1], -1, dim)
+        k, v = (jnp.einsum("BTKH->BKTH", x) for x in (k, v))
+        entries = self.cache.length[:, None] + jnp.arange(q.shape[1])
+        softmax = _Softmax(q, k.shape[1])
+        carry = softmax.add(softmax.start(), k, v, self.window_mask)
+        carry = softmax.add_cache(carry, self.cache, self.layer)
+        cache = self.cache.write(self.layer, entries, k, v)
+        return softmax.finish(carry), self.replace(cache=cache, layer=self.layer + 1)
 
-        def accumulate(carry, k, v, mask):
-            """One more chunk of keys [B, K, S, H] under mask [B, T, S]: the running softmax."""
-            top, total, out = carry  # [B, K, G, T], the same, [B, K, G, T, H] in float32
-            scores = (
-                jnp.einsum("BTKGH,BKSH->BKGTS", grouped, k.astype(q.dtype), preferred_element_type=jnp.float32)
-                * dim**-0.5
-            )
-            scores = jnp.where(mask[:, None, None], scores, jnp.finfo(jnp.float32).min)
-            new_top = jnp.maximum(top, scores.max(axis=-1))
-            weights, old = jnp.exp(scores - new_top[..., None]), jnp.exp(top - new_top)
-            part = jnp.einsum(
-                "BKGTS,BKSH->BKGTH", weights.astype(q.dtype), v.astype(q.dtype), preferred_element_type=jnp.float32
-            )
-            return new_top, total * old + weights.sum(axis=-1), out * old[..., None] + part
 
-        def committed(i, carry):
-            size = min(KEY_CHUNK, keys.shape[3])
-            first = jnp.minimum(i * size, keys.shape[3] - size)  # the last chunk may overlap the one before
-            read = lambda x: jax.lax.dynamic_slice(x, (self.layer, 0, 0, first, 0), (1, *k.shape[:2], size, dim))[0]
-            entry = first + jnp.arange(size)
-            mask = (entry < self.length[:, None]) & (entry >= i * size)
-            return accumulate(carry, read(keys), read(values), mask[:, None])
+@struct.dataclass
+class InPlace:
+    """A window whose keys and values overwrite the entries of its positions; queries then see entries [0, cache.length).
 
-        shape = (batch, k.shape[1], heads // k.shape[1], window)
-        carry = jnp.full(shape, jnp.finfo(jnp.float32).min), jnp.zeros(shape), jnp.zeros((*shape, dim))
-        for first in range(0, window, KEY_CHUNK):
-            part = slice(first, first + KEY_CHUNK)
-            carry = accumulate(carry, k[:, :, part], v[:, :, part], self.window_mask[:, :, part])
-        _, total, out = jax.lax.fori_loop(0, self.chunks, committed, carry)
-        out = (out / total[..., None]).astype(q.dtype)
-        return jnp.einsum("BKGTH->BTKGH", out).reshape(q.shape), self.replace(k=keys, v=values, layer=self.layer + 1)
+    Entry = position. What is not in the window is seen as it was computed last: an exact cache when it cannot have changed, a
+    stale one (dKV-Cache, prefix and dual caches) when it can.
+
+    Attributes:
+      cache: as the layers so far have left it.
+      positions: [batch, window] int32; past the end of the cache: padding that is written nowhere.
+      layer: of the next `attend`.
+    """
+
+    cache: KVCache
+    positions: jax.Array
+    layer: jax.Array | int = 0
+
+    def attend(self, q, k, v):
+        """q [B, T, N, H], k and v [B, T, K, H] -> ([B, T, N, H], self with the window written)."""
+        k, v = (jnp.einsum("BTKH->BKTH", x) for x in (k, v))
+        cache = self.cache.write(self.layer, self.positions, k, v)
+        softmax = _Softmax(q, k.shape[1])
+        out = softmax.finish(softmax.add_cache(softmax.start(), cache, self.layer))
+        return out, self.replace(cache=cache, layer=self.layer + 1)

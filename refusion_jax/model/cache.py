@@ -9,29 +9,64 @@ from refusion_jax.model.config import ModelConfig
 
 @struct.dataclass
 class KVCache:
-    """Keys and values in commit order.
+    """Keys and values of the tokens forwarded so far; of each row a query sees the first `length` entries and no others.
 
-    Entries at or past `length` are never attended to, so cropping is doing nothing and committing is adding to
-    `length`. Keys carry their rotary position already, so positions need not be kept here. Heads come before entries: the
-    order that both writing entries and the products of attention want, without which a TPU copies the cache between them.
+    In commit order, cropping is doing nothing and committing is adding to `length`; with entry = position, entries may be
+    overwritten where they stand. Keys carry their rotary position already. Heads come before entries: the order that both
+    writing entries and the products of attention want, without which a TPU copies the cache between them.
+
+    With `config.scan_layers` the layers are stacked in one array, updated in the carry of the scan over layers; without, each
+    layer is an array of its own, which CPUs and GPUs read without copying a slice first.
 
     Attributes:
-      k: [layer, batch, kv_head, cache_length, head_dim].
-      v: [layer, batch, kv_head, cache_length, head_dim].
-      length: [batch] int32, committed entries of each row.
+      k, v: [layer, batch, kv_head, cache_length, head_dim], or a tuple with an array of the last four for each layer.
+      length: [batch] int32, entries that may be seen.
     """
 
-    k: jax.Array
-    v: jax.Array
+    k: jax.Array | tuple[jax.Array, ...]
+    v: jax.Array | tuple[jax.Array, ...]
     length: jax.Array
 
     @classmethod
     def empty(cls, config: ModelConfig, batch: int, cache_length: int, dtype: str | None = None) -> "KVCache":
         """A cache of `batch` rows with nothing in it, stored as `dtype` (default: the model's compute dtype)."""
-        shape = (config.num_layers, batch, config.num_kv_heads, cache_length, config.head_dim)
         dtype = jnp.dtype(dtype or config.dtype)
-        return cls(k=jnp.zeros(shape, dtype), v=jnp.zeros(shape, dtype), length=jnp.zeros((batch,), jnp.int32))
+        shape = (batch, config.num_kv_heads, cache_length, config.head_dim)
+        if config.scan_layers:
+            zeros = lambda: jnp.zeros((config.num_layers, *shape), dtype)
+        else:
+            zeros = lambda: tuple(jnp.zeros(shape, dtype) for _ in range(config.num_layers))
+        return cls(k=zeros(), v=zeros(), length=jnp.zeros((batch,), jnp.int32))
+
+    @property
+    def cache_length(self) -> int:
+        """Entries there is room for."""
+        return jax.tree.leaves(self.k)[0].shape[-2]
+
+    def write(self, layer: jax.Array | int, entries: jax.Array, k: jax.Array, v: jax.Array) -> "KVCache":
+        """Puts keys and values [batch, kv_head, window, head_dim] at `entries` [batch, window] of a layer; past the end: nowhere."""
+        rows, heads = jnp.arange(k.shape[0])[:, None, None], jnp.arange(k.shape[1])[None, :, None]
+        at = (rows, heads, entries[:, None])
+
+        def put(old, new):
+            if not isinstance(old, tuple):
+                return old.at[(layer, *at)].set(new.astype(old.dtype), mode="drop", unique_indices=True)
+            changed = old[layer].at[at].set(new.astype(old[layer].dtype), mode="drop", unique_indices=True)
+            return (*old[:layer], changed, *old[layer + 1 :])
+
+        return self.replace(k=put(self.k, k), v=put(self.v, v))
+
+    def read(self, layer: jax.Array | int, first: jax.Array | int, size: int) -> tuple[jax.Array, jax.Array]:
+        """Keys and values [batch, kv_head, size, head_dim] of a layer's entries from `first` on."""
+
+        def part(x):
+            if isinstance(x, tuple):
+                return x[layer] if size == x[layer].shape[2] else jax.lax.dynamic_slice_in_dim(x[layer], first, size, 2)
+            _, batch, heads, _, dim = x.shape
+            return jax.lax.dynamic_slice(x, (layer, 0, 0, first, 0), (1, batch, heads, size, dim))[0]
+
+        return part(self.k), part(self.v)
 
     def commit(self, count: jax.Array) -> "KVCache":
-        """Keeps the first `count` [batch] entries of the window that was forwarded last."""
+        """Lets queries see `count` [batch] more entries: those of the window that was forwarded last."""
         return self.replace(length=self.length + count)

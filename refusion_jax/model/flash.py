@@ -1,6 +1,6 @@
 """Attention kernels that never hold the scores: splash attention on TPU, cuDNN flash attention on GPU.
 
-Both are exact for packed rows: causal in buffer order, inside a segment. They work on the heads and rows of one device,
+Both are exact for packed rows: inside a segment, causal in buffer order or not. They work on the heads and rows of one device,
 so under a mesh they run in a `shard_map`.
 """
 
@@ -93,13 +93,16 @@ def per_device(attention: Callable, q: jax.Array, k: jax.Array, v: jax.Array, se
     )
 
 
-def splash(q: jax.Array, k: jax.Array, v: jax.Array, segment_ids: jax.Array, *, interpret: bool = False) -> jax.Array:
+def splash(
+    q: jax.Array, k: jax.Array, v: jax.Array, segment_ids: jax.Array, *, causal: bool = True, interpret: bool = False
+) -> jax.Array:
     """TPU splash attention.
 
     Args:
       q: [batch, length, heads, head_dim].
       k, v: [batch, length, kv_heads, head_dim].
       segment_ids: [batch, length].
+      causal: whether a token sees nothing behind it in the buffer.
       interpret: run the kernel's program with XLA on any device, for tests.
 
     Returns:
@@ -108,8 +111,9 @@ def splash(q: jax.Array, k: jax.Array, v: jax.Array, segment_ids: jax.Array, *, 
     """
     length, heads, dim = q.shape[1:]
     block = next(b for b in (BLOCK, BLOCK // 2, LANES) if length % b == 0)
+    mask = (splash_attention.CausalMask if causal else splash_attention.FullMask)((length, length))
     kernel = splash_attention.make_splash_mha(
-        splash_attention.MultiHeadMask([splash_attention.CausalMask((length, length))] * heads),
+        splash_attention.MultiHeadMask([mask] * heads),
         block_sizes=splash_attention.BlockSizes(
             block_q=block, block_kv=block, block_q_dkv=block, block_kv_dkv=block, block_q_dq=block, block_kv_dq=block
         ),
@@ -124,7 +128,7 @@ def splash(q: jax.Array, k: jax.Array, v: jax.Array, segment_ids: jax.Array, *, 
     return heads_first(out)
 
 
-def cudnn(q: jax.Array, k: jax.Array, v: jax.Array, segment_ids: jax.Array) -> jax.Array:
+def cudnn(q: jax.Array, k: jax.Array, v: jax.Array, segment_ids: jax.Array, *, causal: bool = True) -> jax.Array:
     """cuDNN flash attention; arguments as in `splash`. The segments go in as a [batch, 1, query, key] mask."""
     same = segment_ids[:, None, :, None] == segment_ids[:, None, None, :]
-    return jax.nn.dot_product_attention(q, k, v, mask=same, is_causal=True, implementation="cudnn")
+    return jax.nn.dot_product_attention(q, k, v, mask=same, is_causal=causal, implementation="cudnn")

@@ -4,12 +4,22 @@ Axis letters: B batch, T query length (or window), S key length (or cache length
 heads, H head_dim, F mlp, L layers, V vocabulary.
 """
 
+import math
+
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
 from jax.ad_checkpoint import checkpoint_name
 
 from refusion_jax.model.config import ModelConfig
+
+
+def devices_over(*axes: str) -> int:
+    """Number of devices that the logical axes are split over together, by the mesh and the rules in use; 1 without a mesh."""
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty:
+        return 1
+    return math.prod(mesh.shape[name] for name in jax.tree.leaves(tuple(nn.logical_to_mesh_axes(axes))))
 
 
 def weight(module: nn.Module, name: str, axes: tuple[str, ...], shape: tuple[int, ...], fan_in: int) -> jax.Array:

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
+from refusion_jax.model.attention import Appended
 from refusion_jax.model.cache import KVCache
 from refusion_jax.model.config import ModelConfig
 from refusion_jax.model.qwen3 import Qwen3
@@ -68,7 +69,10 @@ class Autoregressive:
         fresh = self.empty(count, padded)
         fresh_rows = fresh.rows.replace(done=jnp.zeros(count, bool), prompt_length=lengths, key=keys)
         positions = jnp.broadcast_to(jnp.arange(padded), prompts.shape)
-        hidden, cache = Qwen3(self.model).apply({"params": params}, prompts, positions, cache=fresh.cache)
+        causal = jnp.broadcast_to(jnp.tri(padded, dtype=bool), (count, padded, padded))
+        context = Appended(fresh.cache, causal)
+        hidden, context = Qwen3(self.model).apply({"params": params}, prompts, positions, context)
+        cache = context.cache
         last = jnp.take_along_axis(hidden, lengths[:, None, None] - 1, axis=1)
         fresh_rows = self.advance(params, fresh_rows, last, lengths, settings)
         return state.insert(State(cache.commit(lengths), fresh_rows), rows, padded)
@@ -78,8 +82,9 @@ class Autoregressive:
         rows = state.rows
         tokens = jnp.take_along_axis(rows.tokens, rows.count[:, None] - 1, axis=1)
         positions = (rows.prompt_length + rows.count - 1)[:, None]
-        hidden, cache = Qwen3(self.model).apply({"params": params}, tokens, positions, cache=state.cache)
-        return State(cache.commit(~rows.done), self.advance(params, rows, hidden, 1, settings))
+        context = Appended(state.cache, jnp.ones((len(tokens), 1, 1), bool))
+        hidden, context = Qwen3(self.model).apply({"params": params}, tokens, positions, context)
+        return State(context.cache.commit(~rows.done), self.advance(params, rows, hidden, 1, settings))
 
     def advance(
         self, params: dict, rows: Row, hidden: jax.Array, forwarded: jax.Array | int, settings: Settings

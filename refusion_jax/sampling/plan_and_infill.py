@@ -24,6 +24,7 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
+from refusion_jax.model.attention import Appended
 from refusion_jax.model.cache import KVCache
 from refusion_jax.model.config import ModelConfig
 from refusion_jax.model.qwen3 import Qwen3
@@ -184,7 +185,8 @@ class PlanAndInfill:
     def forward(
         self, params: dict, tokens: jax.Array, positions: jax.Array, cache: KVCache, mask: jax.Array
     ) -> tuple[jax.Array, KVCache]:
-        return Qwen3(self.model).apply({"params": params}, tokens, positions, cache=cache, window_mask=mask)
+        hidden, context = Qwen3(self.model).apply({"params": params}, tokens, positions, Appended(cache, mask))
+        return hidden, context.cache
 
     # ------------------------------------------------------------------ what a row forwards
 

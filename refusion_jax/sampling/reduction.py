@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from flax import struct
 
 from refusion_jax.model.config import ModelConfig
-from refusion_jax.model.qwen3 import output_table
+from refusion_jax.model.head import output_table
 from refusion_jax.sampling.config import Settings
 
 # Most float32 logits held at once. 2^26 (256 MB) is one pass for a Qwen3 window of 441 tokens, all rows together.
