@@ -10,8 +10,8 @@ from micro import write_examples
 
 from refusion_jax.checkpoint import convert, load
 from refusion_jax.config import load_config
+from refusion_jax.decoder import Decoder
 from refusion_jax.errors import UserError
-from refusion_jax.generate import Decoder
 from refusion_jax.parallel import sharding
 from refusion_jax.parallel.mesh import make_mesh
 from refusion_jax.train import train

@@ -10,6 +10,7 @@ import jax
 import pytest
 from flax import linen as nn
 
+from refusion_jax import decoder as decoder_lib
 from refusion_jax import display, generate
 from refusion_jax.checkpoint import orbax
 from refusion_jax.config import load_config
@@ -54,18 +55,18 @@ def checkpoint(repository, tmp_path_factory) -> str:
 
 
 @pytest.fixture(scope="module")
-def decoder(checkpoint) -> generate.Decoder:
-    return generate.Decoder.load(checkpoint)
+def decoder(checkpoint) -> decoder_lib.Decoder:
+    return decoder_lib.Decoder.load(checkpoint)
 
 
 @pytest.fixture
 def loaded(decoder, monkeypatch):
     """Commands take the model that is loaded already."""
-    monkeypatch.setattr(generate.Decoder, "load", lambda *_, **__: decoder)
+    monkeypatch.setattr(decoder_lib.Decoder, "load", lambda *_, **__: decoder)
 
 
 @pytest.fixture(scope="module")
-def answers(decoder) -> list[generate.Answer]:
+def answers(decoder) -> list[decoder_lib.Answer]:
     return decoder.generate(QUERIES, batch_size=2, **SETTINGS)
 
 
@@ -94,7 +95,7 @@ def test_text_in_and_out_is_the_sampler_between_chat_template_and_decoding(decod
 
 def test_several_devices_give_the_answers_of_one(checkpoint, answers):
     """Rows over data and fsdp, weights over tensor, read by every device as its own part of them."""
-    spread = generate.Decoder.load(checkpoint, mesh="2,2,2").generate(QUERIES, batch_size=4, **SETTINGS)
+    spread = decoder_lib.Decoder.load(checkpoint, mesh="2,2,2").generate(QUERIES, batch_size=4, **SETTINGS)
     assert spread == answers
 
 
@@ -302,7 +303,7 @@ def test_exact_match_counts_what_is_right(loaded, tools, checkpoint, decoder, tm
     import evaluate_tasks
 
     records = [{"query": f"query {i}", "response": "nothing like it"} for i in range(40)]
-    monkeypatch.setattr(generate, "run_config", lambda *_: {"data": {"evaluation": [source]}})
+    monkeypatch.setattr(decoder_lib, "run_config", lambda *_: {"data": {"evaluation": [source]}})
     source = {
         "kind": "json",
         "path": str(tmp_path / "data.json"),
@@ -312,7 +313,7 @@ def test_exact_match_counts_what_is_right(loaded, tools, checkpoint, decoder, tm
         "stop": 0.7,
     }
     (tmp_path / "data.json").write_text(json.dumps(records))
-    part = list(generate.held_out(checkpoint)[0].part())[:10]
+    part = list(decoder_lib.held_out(checkpoint)[0].part())[:10]
     for i, answer in zip(part[:6], decoder.generate([records[i]["query"] for i in part[:6]], batch_size=2, **SETTINGS)):
         records[i]["response"] = (
             f"because #### {answer.text}" if answer.text.strip() else pytest.skip("an empty answer")
@@ -330,7 +331,7 @@ def test_exact_match_counts_what_is_right(loaded, tools, checkpoint, decoder, tm
 
 def test_converted_checkpoint_has_no_held_out_examples(reference):
     with pytest.raises(UserError, match="no held-out examples"):
-        generate.held_out(reference / "tiny" / "model")
+        decoder_lib.held_out(reference / "tiny" / "model")
 
 
 def test_benchmark_has_a_row_for_every_case(tools, repository, tmp_path, capsys):

@@ -28,8 +28,16 @@ from absl import logging
 from flax import linen as nn
 from jax.sharding import Mesh
 
-from refusion_jax import generate
 from refusion_jax.config import load_config
+from refusion_jax.decoder import (
+    Decoder,
+    add_model_arguments,
+    add_sampler_arguments,
+    decoder_of,
+    held_out,
+    parse_mesh,
+    settings_of,
+)
 from refusion_jax.errors import UserError
 from refusion_jax.model import qwen3
 from refusion_jax.model.config import ModelConfig
@@ -242,7 +250,7 @@ def table(results: list[dict[str, Any]]) -> str:
 
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    generate.add_model_arguments(parser, required=False)
+    add_model_arguments(parser, required=False)
     parser.add_argument(
         "--config",
         metavar="FILE[:NAME=VALUE,...]",
@@ -270,7 +278,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         "--steps", type=int, default=16, metavar="N", help="forwards that the time of one is taken from; default 16"
     )
     parser.add_argument("--json", type=pathlib.Path, metavar="FILE", help="write the figures there too")
-    generate.add_sampler_arguments(parser)
+    add_sampler_arguments(parser)
     arguments = parser.parse_args(argv)
     logging.set_verbosity(logging.ERROR)
     if bool(arguments.checkpoint) == bool(arguments.config):
@@ -299,15 +307,15 @@ def main(argv: Sequence[str] | None = None) -> None:
             eos_token_id=0 if model.eos_token_id is None else model.eos_token_id,
         )
         model = dataclasses.replace(model, mask_token_id=1 if model.mask_token_id is None else model.mask_token_id)
-        mesh = generate.parse_mesh(arguments.mesh)
-        decoder = generate.Decoder(random_params(model, mesh), model, tokenizer=None, mesh=mesh)
+        mesh = parse_mesh(arguments.mesh)
+        decoder = Decoder(random_params(model, mesh), model, tokenizer=None, mesh=mesh)
     else:
-        decoder = generate.decoder_of(arguments)
+        decoder = decoder_of(arguments)
     model = decoder.model
     if arguments.config or arguments.prompt_length:
         prompts = random_prompts(model, count, arguments.prompt_length or 128)
     else:
-        source = generate.held_out(arguments.checkpoint, arguments.step)[0]
+        source = held_out(arguments.checkpoint, arguments.step)[0]
         queries = [source[i][0] for i in itertools.islice(source.part(), count)]
         prompts = decoder.tokenizer.encode_prompts((queries * count)[:count])
 
@@ -322,7 +330,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         for method, speculate in [("autoregressive", "off"), *(("plan_and_infill", s) for s in speculations)]:
             if arguments.method not in (None, method):
                 continue
-            config = generate.settings_of(arguments, decoder, method=method, speculate=speculate)
+            config = settings_of(arguments, decoder, method=method, speculate=speculate)
             case = Case(decoder.params, model, config, prompts, batch, decoder.mesh)
             if threshold is None and method == "plan_and_infill":
                 threshold = (

@@ -18,8 +18,8 @@ import numpy as np
 
 from refusion_jax.checkpoint import load
 from refusion_jax.config import ObjectiveConfig
+from refusion_jax.decoder import parse_mesh
 from refusion_jax.errors import UserError, run_main
-from refusion_jax.generate import parse_mesh
 from refusion_jax.model.config import ModelConfig
 from refusion_jax.model.qwen3 import Qwen3, logits, output_table
 from refusion_jax.objective.losses import numerator, token_loss

@@ -17,15 +17,23 @@ from typing import Any
 
 from absl import logging
 
-from refusion_jax import generate
 from refusion_jax.data.sources import Source
+from refusion_jax.decoder import (
+    Decoder,
+    add_batch_arguments,
+    add_model_arguments,
+    add_sampler_arguments,
+    decoder_of,
+    held_out,
+    settings_of,
+)
 from refusion_jax.errors import UserError, run_main
 from refusion_jax.sampling import SamplerConfig
 from refusion_jax.sampling.config import METHODS
 
 
 def solve(
-    decoder: generate.Decoder, config: SamplerConfig, source: Source, chosen: Sequence[int], **options: Any
+    decoder: Decoder, config: SamplerConfig, source: Source, chosen: Sequence[int], **options: Any
 ) -> dict[str, Any]:
     """Exact match and counts over the examples `chosen` of a source."""
     queries = [source[i][0] for i in chosen]
@@ -60,22 +68,22 @@ def solve(
 
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    generate.add_model_arguments(parser)
+    add_model_arguments(parser)
     parser.add_argument(
         "--examples", type=int, default=100, metavar="N", help="most examples of each source; default 100, 0: all"
     )
     parser.add_argument(
         "--json", type=pathlib.Path, metavar="FILE", help="write the figures and the wrong answers there too"
     )
-    generate.add_batch_arguments(parser)
-    generate.add_sampler_arguments(parser)
+    add_batch_arguments(parser)
+    add_sampler_arguments(parser)
     arguments = parser.parse_args(argv)
     logging.set_verbosity(logging.ERROR)
     if arguments.examples < 0:
         raise UserError(f"--examples is {arguments.examples}; give a number of examples, or 0 for all.")
 
-    sources = generate.held_out(arguments.checkpoint, arguments.step)
-    decoder = generate.decoder_of(arguments)
+    sources = held_out(arguments.checkpoint, arguments.step)
+    decoder = decoder_of(arguments)
     results = []
     for source in sources:
         chosen = list(itertools.islice(source.part(), arguments.examples or None))
@@ -87,7 +95,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         # A longer answer than the longest right one is wrong anyway: no need to decode it.
         longest = max(len(decoder.tokenizer.encode(source[i][1])) + 1 for i in chosen)
         for method in [arguments.method] if arguments.method else METHODS:
-            config = generate.settings_of(arguments, decoder, method=method, gen_length=arguments.gen_length or longest)
+            config = settings_of(arguments, decoder, method=method, gen_length=arguments.gen_length or longest)
             results.append(solve(decoder, config, source, chosen, batch_size=arguments.batch_size, seed=arguments.seed))
 
     print(

@@ -16,7 +16,8 @@ from typing import Any
 
 from absl import logging
 
-from refusion_jax import display, generate
+from refusion_jax import display
+from refusion_jax.decoder import Decoder, add_model_arguments, add_sampler_arguments, decoder_of, held_out, settings_of
 from refusion_jax.errors import UserError, run_main
 from refusion_jax.sampling import Generation, SamplerConfig
 
@@ -55,7 +56,7 @@ class Cell:
     cut: bool  # behind the end of the answer: only the slots before it saw it
 
 
-def cells_of(decoder: generate.Decoder, answer: Generation) -> list[Cell]:
+def cells_of(decoder: Decoder, answer: Generation) -> list[Cell]:
     """One for each position up to the last committed one."""
     eos = decoder.model.eos_token_id
     found = {
@@ -213,12 +214,12 @@ class Painter:
 
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    generate.add_model_arguments(parser)
+    add_model_arguments(parser)
     parser.add_argument("--prompt", help="default: a held-out example of the run")
     parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("decode.png"), metavar="FILE.png")
     parser.add_argument("--milliseconds", type=int, default=250, help="of a forward pass in the animation; default 250")
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="of sampling; default 0")
-    generate.add_sampler_arguments(parser)
+    add_sampler_arguments(parser)
     arguments = parser.parse_args(argv)
     logging.set_verbosity(logging.ERROR)
     if arguments.out.suffix != ".png":
@@ -226,12 +227,12 @@ def main(argv: Sequence[str] | None = None) -> None:
             f"--out is {arguments.out}; give a name that ends in .png (the animation goes beside it as .gif)."
         )
 
-    decoder = generate.decoder_of(arguments)
-    config = generate.settings_of(arguments, decoder)
+    decoder = decoder_of(arguments)
+    config = settings_of(arguments, decoder)
     if arguments.prompt is not None:
         prompts = [arguments.prompt]
     else:
-        source = generate.held_out(arguments.checkpoint, arguments.step)[0]
+        source = held_out(arguments.checkpoint, arguments.step)[0]
         prompts = [source[i][0] for i in itertools.islice(source.part(), 8)]
     steps = [[] for _ in prompts]  # of each prompt, what there was after each forward
     for answer in decoder.stream(prompts, config, batch_size=1, seed=arguments.seed, every=1):
