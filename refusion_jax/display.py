@@ -1,4 +1,4 @@
-"""Decoding in a terminal: answers coloured by round, answers that fill in while they are decoded, progress through a file."""
+"""Decoding in a terminal: answers coloured by round, answers that fill in while they are decoded, rates."""
 
 import itertools
 import os
@@ -27,7 +27,7 @@ def by_position(answer: Generation, eos_id: int) -> list[tuple[int, int] | None]
 
 
 def pieces(tokenizer: Tokenizer, ids: Sequence[int]) -> list[str]:
-    """The text that each token adds; a character of several tokens comes with the last of them. Joined they are the decoded text."""
+    """The text that each token adds, all of it together; a character of several tokens comes with the last one."""
     pieces, shown = [], ""
     for end in range(1, len(ids) + 1):
         text = tokenizer.decode(ids[:end])
@@ -117,47 +117,35 @@ class Live:
     @staticmethod
     def _height(found: Sequence[Span], columns: int) -> int:
         lines = "".join(text for text, _ in found).split("\n")
-        wide = lambda line: sum(2 if unicodedata.east_asian_width(c) in "WF" else 1 for c in line)
-        return sum(max(1, -(-wide(line) // columns)) for line in lines)
+        widths = [sum(2 if unicodedata.east_asian_width(c) in "WF" else 1 for c in line) for line in lines]
+        return sum(max(1, -(-width // columns)) for width in widths)
 
 
-class Progress:
-    """A line on stderr: answers done, rate, time left. Rewritten on a terminal; elsewhere one every ten seconds."""
+class Tally:
+    """What has been decoded of many prompts so far."""
 
-    def __init__(self, total: int):
-        self._total, self._live = total, sys.stderr.isatty()
+    def __init__(self):
+        self.done = 0  # answers
         self._tokens: dict[int, int] = {}  # of every prompt seen so far
-        self._done = self._finished_tokens = self._forwards = 0
-        self._start = self._shown = time.monotonic()
-        self._warm: tuple[float, int] | None = (
-            None  # when the first tokens were there, and how many: what came before is compilation
-        )
+        self._finished_tokens = self._forwards = 0
+        self._start = time.monotonic()
+        self._warm: tuple[float, int] | None = None  # when the first tokens were there, after compilation; how many
 
-    def add(self, generation: Generation) -> None:
+    def add(self, generation: Generation) -> dict[str, float]:
+        """Takes an answer, finished or not; returns the rates so far, compilation left out."""
         now = time.monotonic()
         self._tokens[generation.index] = len(generation.order)
         if generation.finished:
-            self._done += 1
+            self.done += 1
             self._finished_tokens += len(generation.tokens)
             self._forwards += generation.forwards
         self._warm = self._warm or (now, sum(self._tokens.values()))
-        if now - self._shown >= (0.1 if self._live else 10):
-            self._shown = now
-            text = self._text(now)
-            print(
-                f"\r{text}\033[K" if self._live else text, end="" if self._live else "\n", file=sys.stderr, flush=True
-            )
-
-    def close(self) -> None:
-        text = f"{self._done} answers in {time.monotonic() - self._start:.1f} s, compilation included"
-        if self._done:
-            text += f"; {self._finished_tokens} tokens, {self._finished_tokens / self._forwards:.2f} tokens per forward"
-        print(f"\r{text}\033[K" if self._live else text, file=sys.stderr, flush=True)
-
-    def _text(self, now: float) -> str:
         since, before = self._warm
         rate = (sum(self._tokens.values()) - before) / max(now - since, 1e-9)
-        per_forward = self._finished_tokens / max(1, self._forwards)
-        left = (now - self._start) / self._done * (self._total - self._done) if self._done else 0
-        eta = f"{int(left) // 60}:{int(left) % 60:02}" if self._done else "?"
-        return f"{self._done}/{self._total} answers  {rate:.0f} tokens/s  {per_forward:.2f} tokens/forward  eta {eta}"
+        return {"tokens/s": rate, "tokens/forward": self._finished_tokens / max(1, self._forwards)}
+
+    def __str__(self):
+        text = f"{self.done} answers in {time.monotonic() - self._start:.1f} s, compilation included"
+        if self.done:
+            text += f"; {self._finished_tokens} tokens, {self._finished_tokens / self._forwards:.2f} tokens per forward"
+        return text

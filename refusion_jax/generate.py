@@ -28,6 +28,7 @@ from refusion_jax.decoder import (
     settings_of,
 )
 from refusion_jax.errors import UserError, run_main
+from refusion_jax.progress import Progress
 from refusion_jax.sampling import SamplerConfig
 from refusion_jax.sampling.config import check_prompts
 
@@ -175,14 +176,15 @@ def answer_file(decoder: Decoder, config: SamplerConfig, arguments: argparse.Nam
     done = finished_lines(arguments.out, prompts, arguments.resume)
     if done:
         print(f"{done} of {len(prompts)} answers are in {arguments.out} already", file=sys.stderr)
-    progress = display.Progress(len(prompts) - done)
+    progress, tally = Progress("answer", len(prompts) - done), display.Tally()
     waiting: dict[int, str] = {}
     written = done
     try:
         with arguments.out.open("a", encoding="utf-8") as out:
             options = dict(batch_size=arguments.batch_size, seed=arguments.seed, start=done, every=32)
             for answer in decoder.stream(prompts, config, **options):
-                progress.add(answer.generation)
+                rates = tally.add(answer.generation)
+                progress.show(tally.done, rates)
                 if not answer.generation.finished:
                     continue
                 index = answer.generation.index
@@ -196,7 +198,7 @@ def answer_file(decoder: Decoder, config: SamplerConfig, arguments: argparse.Nam
             f"Cannot write {arguments.out}: {error.strerror or error}. Make room or choose another --out; --resume "
             "goes on with what is there."
         ) from None
-    progress.close()
+    progress.say(str(tally))
 
 
 def as_record(answer: Answer) -> dict[str, Any]:

@@ -20,7 +20,6 @@ import os
 import pathlib
 import shutil
 import sys
-import time
 import uuid
 import zlib
 from collections.abc import Iterator
@@ -30,6 +29,7 @@ import numpy as np
 from refusion_jax.data.sources import Source, prompt_hash
 from refusion_jax.data.tokenizers import Tokenizer
 from refusion_jax.errors import UserError
+from refusion_jax.progress import Progress
 
 FORMAT = 1
 _ARRAYS = {"tokens": "<u4", "offsets": "<i8", "prompt_lengths": "<i4", "hashes": "<u8"}
@@ -138,7 +138,7 @@ def _build(source: Source, tokenizer: Tokenizer, folder: pathlib.Path) -> None:
     unfinished.mkdir()
     try:
         lengths, prompt_lengths, hashes = [], [], []
-        progress = _Progress(source.name, total)
+        progress = Progress(f"tokenising {source.name}: example", total)
         with open(unfinished / "tokens.bin", "wb") as file:
             for first in range(0, total, _CHUNK):
                 examples = [source[i] for i in range(first, min(first + _CHUNK, total))]
@@ -148,6 +148,7 @@ def _build(source: Source, tokenizer: Tokenizer, folder: pathlib.Path) -> None:
                     prompt_lengths.append(prompt_length)
                 hashes.extend(prompt_hash(*example) for example in examples)
                 progress.show(len(lengths))
+        progress.say(f"tokenised {source.name}: {total:,} examples")
         np.concatenate([[0], np.cumsum(lengths)]).astype("<i8").tofile(unfinished / "offsets.bin")
         np.asarray(prompt_lengths, "<i4").tofile(unfinished / "prompt_lengths.bin")
         np.asarray(hashes, "<u8").tofile(unfinished / "hashes.bin")
@@ -178,25 +179,3 @@ def _lock(path: pathlib.Path) -> Iterator[bool]:
         except OSError:
             locked = False  # several may build at once; the first one to finish wins
         yield locked
-
-
-class _Progress:
-    """A line on stderr about once a second on a terminal, every ten seconds in a log."""
-
-    def __init__(self, name: str, total: int):
-        self._name, self._total = name, total
-        self._start = self._last = time.monotonic()
-        self._terminal = sys.stderr.isatty()
-
-    def show(self, done: int) -> None:
-        now, finished = time.monotonic(), done == self._total
-        if not finished and now - self._last < (1 if self._terminal else 10):
-            return
-        self._last = now
-        line = f"tokenising {self._name}: {done:,} of {self._total:,} examples, {done / max(now - self._start, 1e-9):,.0f}/s"
-        print(
-            f"\r{line}" if self._terminal else line,
-            end="" if self._terminal and not finished else "\n",
-            file=sys.stderr,
-            flush=True,
-        )
