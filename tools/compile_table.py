@@ -1,4 +1,4 @@
-"""Compiles the programs of the README's table and prints it: `python tools/compile_table.py`.
+"""Compiles the programs of the tables in tools/README.md and prints them: `python tools/compile_table.py`.
 
 Figures are kept in tools/compiled/, one JSON a program; only what is missing there is compiled (minutes each; --again NAME
 compiles anew). The commands that are run are printed: each line of the table can be made by itself.
@@ -13,7 +13,7 @@ import subprocess
 import sys
 
 FOLDER = pathlib.Path(__file__).resolve().parent / "compiled"
-# `data` inside a slice keeps the group of fsdp smaller than the slice, so that gradients can be reduce-scattered (README, Scale).
+# `data` inside a slice keeps the group of fsdp smaller than the slice, so that gradients can be reduce-scattered (README.md).
 TRAIN = {
     "8b-v5e-16x16": "--config configs/8b.py --topology v5e:16x16 --config.mesh.data=4",
     "8b-v5p-4x4x4": "--config configs/8b.py --topology v5p:4x4x4 --config.mesh.data=4 --config.model.remat=minimal",
