@@ -1,7 +1,7 @@
 """Compiles the programs of the tables in tools/README.md and prints them: `python tools/compile_table.py`.
 
-Figures are kept in tools/compiled/, one JSON a program; only what is missing there is compiled (minutes each; --again NAME
-compiles anew). The commands that are run are printed: each line of the table can be made by itself.
+Figures are kept in tools/compiled/, one JSON a program; only what is missing there is compiled (minutes each;
+--again NAME compiles anew). The commands that are run are printed: each line of the table can be made by itself.
 """
 
 import argparse
@@ -13,13 +13,14 @@ import subprocess
 import sys
 
 FOLDER = pathlib.Path(__file__).resolve().parent / "compiled"
-# `data` inside a slice keeps the group of fsdp smaller than the slice, so that gradients can be reduce-scattered (README.md).
+# `data` inside a slice keeps the group of fsdp smaller than the slice: so gradients can be reduce-scattered (README.md).
 TRAIN = {
     "8b-v5e-16x16": "--config configs/8b.py --topology v5e:16x16 --config.mesh.data=4",
     "8b-v5p-4x4x4": "--config configs/8b.py --topology v5p:4x4x4 --config.mesh.data=4 --config.model.remat=minimal",
     "8b-v6e-8x8": "--config configs/8b.py --topology v6e:8x8 --config.mesh.data=2 --config.accumulation=2",
     "8b-tpu7x-4x4x4": "--config configs/8b.py --topology tpu7x:4x4x4 --config.mesh.data=2 --config.model.remat=minimal",
-    "8b-v5p-4x4x4-2slices": "--config configs/8b.py --topology v5p:4x4x4 --slices 2 --config.mesh.data=8 --config.model.remat=minimal",
+    "8b-v5p-4x4x4-2slices": "--config configs/8b.py --topology v5p:4x4x4 --slices 2 --config.mesh.data=8 "
+    "--config.model.remat=minimal",
     "1p7b-v5e-4x4": "--config configs/1p7b.py --topology v5e:4x4 --config.accumulation=16 --config.model.remat=minimal",
     "32b-v5p-8x8x4": "--config configs/32b.py --topology v5p:8x8x4 --config.mesh.data=4 --config.model.remat=minimal",
 }
