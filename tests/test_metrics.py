@@ -1,7 +1,6 @@
 """The metrics file is one history whatever happens to a run, and the operations counted are those of the matrices."""
 
 import json
-import math
 import resource
 
 import jax
@@ -10,7 +9,7 @@ from flax import linen as nn
 
 from refusion_jax.errors import UserError
 from refusion_jax.metrics import flops
-from refusion_jax.metrics.writers import Metrics, Progress
+from refusion_jax.metrics.writers import Metrics
 from refusion_jax.model.config import qwen3
 from refusion_jax.parallel import sharding
 
@@ -64,17 +63,6 @@ def test_folders_that_cannot_be_written_and_full_disks_are_named(tmp_path):
                 metrics.write(step, "train", {"loss": 1.0})
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-
-
-def test_progress_is_a_line_per_report(capsys):
-    progress = Progress(total=2000)
-    progress.show(20, {"loss": 1.23456, "ar": 123.4, "lr": 1.5e-4, "tok/s": 12345.6, "padding": 0.0251}, eta=3725.9)
-    progress.show(40, {}, eta=math.inf)
-    Progress(total=5, enabled=False).show(1, {}, eta=0)
-    assert (
-        capsys.readouterr().out
-        == "step 20/2000  loss 1.2346  ar 123  lr 0.00015  tok/s 12,346  padding 2.5%  eta 1:02:05\nstep 40/2000  eta ?\n"
-    )
 
 
 @pytest.mark.parametrize("size", ["0.6b", "8b"])  # tied and not

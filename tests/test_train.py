@@ -19,6 +19,7 @@ from refusion_jax import train as train_lib
 from refusion_jax.checkpoint import orbax
 from refusion_jax.config import from_config_dict
 from refusion_jax.errors import UserError, run_main
+from refusion_jax.metrics import reporter
 from refusion_jax.parallel import distributed
 from refusion_jax.parallel.mesh import make_mesh
 
@@ -257,8 +258,8 @@ def test_a_poisoned_parameter_is_reported_with_the_term(config, tmp_path, monkey
 
 def test_only_the_term_that_is_not_finite_is_named():
     with pytest.raises(UserError, match="Step 12: mdm_loss is inf. The run stops"):
-        train_lib.check_finite(12, {"loss": 1.0, "ar_loss": 2.0, "mdm_loss": float("inf")}, "runs/x")
-    train_lib.check_finite(12, {"loss": 1e30}, "runs/x")
+        reporter.check_finite(12, {"loss": 1.0, "ar_loss": 2.0, "mdm_loss": float("inf")}, "runs/x")
+    reporter.check_finite(12, {"loss": 1e30}, "runs/x")
 
 
 def test_a_run_of_another_model_is_not_continued(config, uninterrupted):

@@ -1,10 +1,9 @@
-"""Where a run's numbers go: a progress line, metrics.jsonl, and TensorBoard when it is installed."""
+"""Where a run's numbers are kept: metrics.jsonl, and TensorBoard when it is installed."""
 
 import contextlib
 import json
 import math
 import pathlib
-import sys
 import time
 
 from refusion_jax.errors import UserError
@@ -76,45 +75,3 @@ def _step_of(line: str) -> float:
         return json.loads(line)["step"]
     except (json.JSONDecodeError, KeyError):  # a line cut off by a kill
         return math.inf
-
-
-class Progress:
-    """The live line of a run: overwritten on a terminal, a line at a time elsewhere."""
-
-    def __init__(self, total: int, enabled: bool = True):
-        self._total, self._enabled = total, enabled
-        self._live = sys.stdout.isatty()
-
-    def show(self, step: int, values: dict[str, float], eta: float) -> None:
-        """Shows the step, the given values and the seconds left."""
-        if not self._enabled:
-            return
-        text = "  ".join(
-            [
-                f"step {step}/{self._total}",
-                *(f"{name} {_short(name, value)}" for name, value in values.items()),
-                f"eta {_clock(eta)}",
-            ]
-        )
-        print(f"\r{text}\033[K" if self._live else text, end="" if self._live else "\n", flush=True)
-
-    def say(self, text: str) -> None:
-        """A line of its own."""
-        if self._enabled:
-            print(f"\r{text}\033[K" if self._live else text, flush=True)
-
-
-def _short(name: str, value: float) -> str:
-    if name in ("mfu", "padding", "input wait", "ar acc", "mdm acc"):
-        return f"{value:.1%}"
-    if abs(value) >= 1e4:
-        return f"{value:,.0f}"
-    return f"{value:.3g}" if name == "lr" else f"{value:.4f}" if abs(value) < 100 else f"{value:.0f}"
-
-
-def _clock(seconds: float) -> str:
-    if not math.isfinite(seconds):
-        return "?"
-    minutes, seconds = divmod(int(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02}:{seconds:02}"

@@ -4,11 +4,12 @@ A run of one process needs nothing of this. With several, `initialize` comes bef
 
 * TPU pods and multi-slice find each other by themselves;
 * under Slurm, one process per node (all its GPUs) or one per GPU, as `--ntasks-per-node` says;
-* anywhere else each process is told the coordinator (process 0's address), their number and its own index, by flags or by
-  the environment: JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES, JAX_PROCESS_ID.
+* anywhere else each process is told the coordinator (process 0's address), their number and its own index, by flags or
+  by the environment: JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES, JAX_PROCESS_ID.
 
-How the others learn of a process that fails or dies is in watch.py; JAX's heartbeats, which abort a process, are the second
-line. Starting the job again resumes it.
+A process that fails says so and ends at once (`together`). What started the processes then ends the others, as
+`srun --kill-on-bad-exit`, a JobSet and launch/local_cpu.sh do; where nothing does, JAX's heartbeats abort them.
+Starting the job again resumes it.
 """
 
 import contextlib
@@ -22,16 +23,19 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from refusion_jax.errors import UserError
+from refusion_jax.errors import UserError, report
 
 HEARTBEAT_TIMEOUT = 60  # seconds without a sign of life after which a process counts as dead
 SHUTDOWN_TIMEOUT = 60  # seconds a process that ends waits for the others to end too
+GRACE = 3  # seconds for the others to come to the same error before process 0 ends, which aborts them
 
 
 def initialize(
@@ -47,8 +51,8 @@ def initialize(
       coordinator: "host:port" of process 0; None looks at the environment, then at Slurm and TPU pods.
       num_processes: how many processes there are; only with `coordinator`.
       process_id: index of this process; only with `coordinator`.
-      timeout: seconds to wait for the others. When they have not all come by then, the process prints an error that names
-        the coordinator and exits with code 2 (JAX itself would abort).
+      timeout: seconds to wait for the others. When they have not all come by then, the process prints an error that
+        names the coordinator and exits with code 2 (JAX itself would abort).
 
     Raises:
       UserError: incomplete or impossible arguments; a coordinator address that process 0 cannot listen on.
@@ -61,6 +65,28 @@ def initialize(
         f"process {jax.process_index()} of {jax.process_count()}: "
         f"{len(local)} local of {len(everywhere)} devices, {local[0].device_kind}"
     )
+
+
+@contextlib.contextmanager
+def together() -> Iterator[None]:
+    """Runs the body, all that the processes do together; an error in it names this process and ends it.
+
+    It ends at once: the shutdown of jax.distributed would wait for the others, which wait for this process. Only when a
+    collective broke, as it does when another process dies, is that shutdown right: it says which one is gone. Comes
+    after `initialize`; with one process it does nothing.
+    """
+    try:
+        yield
+    except BaseException as error:
+        if jax.process_count() == 1:
+            raise
+        code = report(error, f"process {jax.process_index()} of {jax.process_count()} on {socket.gethostname()}")
+        if isinstance(error, jax.errors.JaxRuntimeError):
+            raise SystemExit(code) from None
+        time.sleep(GRACE if jax.process_index() == 0 else 0)
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
 
 
 def describe(mesh: jax.sharding.Mesh, batch_size: int) -> None:
@@ -100,8 +126,8 @@ def check_same_config(config_json: str) -> None:
 class StopSignal:
     """Turns SIGTERM (a preemption notice, `scancel`, `kill`) into a stop at a step that all processes agree on.
 
-    With one process SIGINT (Ctrl-C) does the same, and a second signal stops at once. With several, a signal to any one of
-    them is enough; JAX's preemption service spreads it and chooses the step, at no cost per step.
+    With one process SIGINT (Ctrl-C) does the same, and a second signal stops at once. With several, a signal to any one
+    of them is enough; JAX's preemption service spreads it and chooses the step, at no cost per step.
     """
 
     def __init__(self) -> None:
@@ -125,6 +151,35 @@ class StopSignal:
         """Gives the signals back to who had them before."""
         for number, handler in self._previous.items():
             signal.signal(number, handler)
+
+
+class Timer:
+    """Tells all processes at the same step that some minutes have passed on the clock of process 0.
+
+    A call is answered at the next one, so that no process waits for another or for its devices: the answer travels
+    through these behind the step that was dispatched last.
+    """
+
+    def __init__(self, minutes: float):
+        mesh = Mesh(np.asarray(jax.devices()), ("device",))
+        self._per_device = NamedSharding(mesh, PartitionSpec("device"))
+        self._anywhere = jax.jit(jnp.max, out_shardings=NamedSharding(mesh, PartitionSpec()))
+        self._seconds = 60 * minutes
+        self.restart()
+
+    def restart(self) -> None:
+        """Starts to count anew."""
+        self._start, self._answer = time.monotonic(), None
+
+    def passed(self) -> bool:
+        """Whether the time had passed when this was called last; call it at the same steps on every process."""
+        answer = self._answer
+        passed = jax.process_index() == 0 and time.monotonic() - self._start > self._seconds
+        flags = jax.make_array_from_callback(
+            (jax.device_count(),), self._per_device, lambda index: np.full(1, passed, np.int32)
+        )
+        self._answer = self._anywhere(flags)
+        return answer is not None and bool(jax.device_get(answer))
 
 
 def _explicit(
@@ -178,7 +233,8 @@ def _slurm(environ: Mapping[str, str]) -> dict | None:
     first = re.sub(r"\[(\d+)[^\]]*\]", r"\1", re.match(r"(?:\[[^\]]*\]|[^,\[])+", nodes).group())
     port = environ.get("JAX_COORDINATOR_PORT") or str(61440 + int(environ["SLURM_JOB_ID"]) % 4096)
     # "2(x3),1": tasks on each node, in node order. Left to itself JAX would give every Slurm task one GPU, also where a
-    # task owns its node; and where Slurm shows each task only its own GPU, that one has index 0 whatever the task's number.
+    # task owns its node; and where Slurm shows each task only its own GPU, that one has index 0 whatever the task's
+    # number.
     runs = re.findall(r"(\d+)(?:\(x(\d+)\))?", environ["SLURM_STEP_TASKS_PER_NODE"])
     tasks = [int(number) for number, times in runs for _ in range(int(times or 1))]
     visible = [gpu for gpu in environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if gpu]
@@ -244,7 +300,7 @@ def _wait_for_host_name(host: str, timeout: int) -> None:
 
 @contextlib.contextmanager
 def _deadline(seconds: float, message: str):
-    """Ends the process when the body takes longer: JAX's connect cannot be interrupted, and aborts without the address."""
+    """Ends the process when the body takes longer: JAX's connect cannot be interrupted and names no address."""
 
     def expire():
         hint = (
