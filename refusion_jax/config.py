@@ -82,11 +82,11 @@ class DataConfig:
     Attributes:
       tokenizer: "bytes", or a Hugging Face name or folder.
       train, evaluation: sources; evaluation may be empty.
-      max_length: length of a packed row, tokens; longer plain documents are split, longer examples with a prompt dropped.
+      max_length: length of a packed row, tokens; longer examples are dropped, longer documents (plain text) split.
       max_examples_per_row: static maximum of examples in a row; 0: chosen from the data.
       cache_dir: where tokenised sources are kept; empty: the run's folder.
-      allow_change: go on with a run although its rows are no longer those of its checkpoint (other data, tokenizer, seed or
-        lengths): from the same row number on, in the new rows.
+      allow_change: go on with a run although its rows are no longer those of its checkpoint (other data, tokenizer,
+        seed or lengths): from the same row number on, in the new rows.
     """
 
     tokenizer: str = "bytes"

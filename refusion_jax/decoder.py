@@ -17,7 +17,8 @@ from jax.sharding import Mesh
 
 from refusion_jax.checkpoint import load, orbax
 from refusion_jax.config import SourceConfig
-from refusion_jax.data.sources import Source, open_source
+from refusion_jax.data.examples import Source
+from refusion_jax.data.sources import open_source
 from refusion_jax.data.tokenizers import Tokenizer, load_tokenizer
 from refusion_jax.errors import UserError
 from refusion_jax.model.config import ModelConfig

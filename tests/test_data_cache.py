@@ -1,14 +1,17 @@
-"""A cache is used when sound, rebuilt when stale, damaged or unfinished, and built once by processes that start together."""
+"""A cache is used when sound, rebuilt when stale, damaged or unfinished; processes that start together build it once."""
 
 import concurrent.futures
 import fcntl
 import json
+import os
 import time
 
 import numpy as np
 import pytest
 
 from refusion_jax.config import SourceConfig
+from refusion_jax.data import cache as cache_lib
+from refusion_jax.data import files
 from refusion_jax.data.cache import cached_tokens
 from refusion_jax.data.sources import open_source
 from refusion_jax.data.tokenizers import ByteTokenizer, load_tokenizer
@@ -55,9 +58,71 @@ def test_training_sequences(data, tmp_path):
 def test_tokenised_once(data, tmp_path, capfd):
     tokenizer = Counting()
     load(data, tmp_path, tokenizer)
-    assert tokenizer.count == 50 and "50 of 50 examples" in capfd.readouterr().err
+    assert tokenizer.count == 50 and "data.json: 50 examples" in capfd.readouterr().err
     load(data, tmp_path, tokenizer, start=0.5)  # parts share a cache
     assert tokenizer.count == 50 and capfd.readouterr().err == ""
+
+
+@pytest.fixture
+def read(monkeypatch):
+    """Counts the bytes of data files that are hashed and of caches whose checksums are compared."""
+    counts = {"raw": 0, "cache": 0}
+    hash_of, checksum_of = files.FileSource._hash, cache_lib._checksum
+
+    def counted_hash(source):
+        counts["raw"] += sum(os.path.getsize(path) for path in source.paths)
+        return hash_of(source)
+
+    def counted_checksum(path):
+        counts["cache"] += path.stat().st_size
+        return checksum_of(path)
+
+    monkeypatch.setattr(files.FileSource, "_hash", counted_hash)
+    monkeypatch.setattr(cache_lib, "_checksum", counted_checksum)
+    return counts
+
+
+def size_of(cache):
+    return sum(getattr(cache, name).nbytes for name in ("tokens", "offsets", "prompt_lengths", "hashes"))
+
+
+def test_a_later_start_reads_and_locks_nothing(data, tmp_path, read, monkeypatch):
+    cache = load(data, tmp_path)
+    assert read == {"raw": data.stat().st_size, "cache": size_of(cache)}
+    time.sleep(0.02)  # a file as young as the note about it is not trusted
+    load(data, tmp_path)
+    read.update(raw=0, cache=0)
+    monkeypatch.setattr(fcntl, "flock", lambda *_: pytest.fail("a start that finds everything must not wait"))
+    load(data, tmp_path)
+    load(data, tmp_path, start=0.5)
+    assert read == {"raw": 0, "cache": 0}
+
+
+def test_what_changed_is_read_again(data, tmp_path, read):
+    cache = load(data, tmp_path)
+    time.sleep(0.02)
+    load(data, tmp_path)
+    read.update(raw=0, cache=0)
+    os.utime(data)  # touched: the content is hashed once more, and is the same
+    tokenizer = Counting()
+    load(data, tmp_path, tokenizer)
+    assert read == {"raw": data.stat().st_size, "cache": 0} and tokenizer.count == 0
+    (folder,) = (p for p in (tmp_path / "cache").iterdir() if p.is_dir())
+    os.utime(folder / "tokens.bin")
+    read.update(raw=0, cache=0)
+    time.sleep(0.02)
+    load(data, tmp_path, tokenizer)
+    assert read["cache"] == size_of(cache) and tokenizer.count == 0
+
+
+def test_a_cache_that_cannot_be_written_is_read(data, tmp_path, monkeypatch):
+    """One that was filled by somebody else, say: nothing needs to be locked or written."""
+    load(data, tmp_path)
+    time.sleep(0.02)
+    load(data, tmp_path)
+    written = {path: path.stat().st_mtime_ns for path in (tmp_path / "cache").rglob("*")}
+    load(data, tmp_path)
+    assert {path: path.stat().st_mtime_ns for path in (tmp_path / "cache").rglob("*")} == written
 
 
 def test_stale_caches_are_not_used(data, tmp_path):
@@ -130,7 +195,7 @@ def test_empty_source_and_unusable_folder(data, tmp_path):
 
 @pytest.mark.parametrize("locks", [True, False])
 def test_builders_that_start_together(locks, data, tmp_path, monkeypatch):
-    """With file locks (held per open file, so threads stand for processes) one builds; without, the first to finish wins."""
+    """With file locks (of open files, so that threads stand for processes) one builds; without, the first to finish wins."""
 
     class Slow(Counting):
         def encode_batch(self, texts):

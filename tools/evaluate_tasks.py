@@ -17,7 +17,7 @@ from typing import Any
 
 from absl import logging
 
-from refusion_jax.data.sources import Source
+from refusion_jax.data.examples import Source
 from refusion_jax.decoder import (
     Decoder,
     add_batch_arguments,

@@ -1,8 +1,9 @@
 """Packing: which examples share a row. A pure function of the lengths and a seed.
 
-Examples come in random order and go, one after another, to the fullest of a few dozen open rows that still has room (best
-fit); when none has room the fullest row is closed and a new one opened. What the last open rows hold is packed once more, longest
-first. So rows are nearly full, and apart from that which examples meet in a row is chance. About a second per million examples.
+Examples come in random order and go, one after another, to the fullest of a few dozen open rows that still has room
+(best fit); when none has room the fullest row is closed and a new one opened. What the last open rows hold is packed once
+more, longest first. So rows are nearly full, and apart from that which examples meet in a row is chance. About a second
+per million examples.
 """
 
 import bisect
@@ -10,6 +11,7 @@ import dataclasses
 
 import numpy as np
 
+FORMAT = 1  # another number wherever the same lengths and seed give other rows: a run cannot go on with those
 _OPEN_ROWS = 48
 
 
@@ -56,7 +58,7 @@ def pack(lengths: np.ndarray, max_length: int, max_examples: int, rng: np.random
 def _best_fit(
     lengths: np.ndarray, max_length: int, max_examples: int, open_rows: int
 ) -> tuple[np.ndarray, int, list[int]]:
-    """Places examples in the order given. Returns the row of each, the number of rows, and the rows that were still open."""
+    """Places examples in the order given. Returns the row of each, the number of rows, and the rows still open."""
     row_of = np.empty(len(lengths), np.int64)
     rows = 0
     counts: list[int] = []

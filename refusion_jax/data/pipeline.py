@@ -16,8 +16,9 @@ import numpy as np
 
 from refusion_jax.config import SourceConfig
 from refusion_jax.data.cache import TokenCache, cached_tokens
+from refusion_jax.data.examples import in_part
 from refusion_jax.data.packing import Plan, examples_per_row, pack
-from refusion_jax.data.sources import in_part, open_source
+from refusion_jax.data.sources import open_source
 from refusion_jax.data.tokenizers import Tokenizer
 from refusion_jax.errors import UserError
 

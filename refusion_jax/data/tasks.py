@@ -1,7 +1,7 @@
 """Procedural reasoning tasks from the reasoning-gym library: unlimited verifiable examples from a seed, no download.
 
-Short enough for a byte-level CPU model: basic_arithmetic, chain_sum, spell_backward, gcd, products. `gsm_symbolic` gives
-grade-school word problems with a worked solution.
+Short enough for a byte-level CPU model: basic_arithmetic, chain_sum, spell_backward, gcd, products. `gsm_symbolic`
+gives grade-school word problems with a worked solution.
 """
 
 import re
@@ -24,10 +24,10 @@ class Task:
     Args:
       name: a reasoning-gym data set, such as "chain_sum".
       size: number of examples.
-      seed: seed of the examples. reasoning-gym draws example i from seed + i, so nearby seeds share examples: hold data out by
-        a source's `start` and `stop`, not by another seed.
-      options: the data set's own parameters, such as {"max_terms": 2}; and query_pattern, a regular expression whose first
-        group, found in the question, is the query: leaves out instructions that are the same in every question.
+      seed: seed of the examples. reasoning-gym draws example i from seed + i, so nearby seeds share examples: hold data
+        out by a source's `start` and `stop`, not by another seed.
+      options: the data set's own parameters, such as {"max_terms": 2}; and query_pattern, a regular expression whose
+        first group, found in the question, is the query: leaves out instructions that are the same in every question.
 
     Raises:
       UserError: reasoning-gym is not installed, or it does not know the name or an option.
@@ -68,5 +68,5 @@ class Task:
         return query.group(1), entry["metadata"].get("answer_cot", entry["answer"])
 
     def score(self, i: int, generated: str) -> float:
-        """reasoning-gym's score of a generated response to example i: 1 for a correct final answer, less for anything else."""
+        """reasoning-gym's score of a generated response to example i: 1 for a correct final answer, else less."""
         return float(self._data.score_answer(final_answer(generated), self._data[i]))
