@@ -1,14 +1,19 @@
 """Text to token ids: byte-level, or any Hugging Face tokenizer with a chat template.
 
-Both give what the method needs (method section 1): an end-of-response id, a pad id, and the begin and mask ids as the last two
-of the vocabulary when the tokenizer does not have them yet.
+Both give what the method needs (method section 1): an end-of-response id, a pad id, and the begin and mask ids as the
+last two of the vocabulary when the tokenizer does not have them yet. Special ids in a prompt come from the chat
+template alone: what users write can neither mask a token nor end their turn.
 """
 
 import hashlib
+import itertools
 import json
 import os
 import pathlib
-from collections.abc import Iterable, Sequence
+import re
+import sys
+import threading
+from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 
@@ -17,7 +22,10 @@ from refusion_jax.errors import UserError
 BEGIN_TOKEN = "<|beginoftext|>"
 MASK_TOKEN = "<|mask|>"
 CHAT_END_TOKEN = "<|im_end|>"
+ROLES = ("system", "user", "assistant")  # templates write a role beside their special tokens: no others are let in
 BYTES_FILE = "byte_tokenizer.json"  # what `ByteTokenizer.save` leaves in a folder
+
+Message = Mapping[str, str]  # {"role": one of ROLES, "content": text}
 
 
 class Tokenizer:
@@ -40,14 +48,26 @@ class Tokenizer:
         """Ids of plain text. Names of special tokens inside the text are spelled out, never turned into special ids."""
         return list(self.encode_batch([text])[0])
 
+    def encode_batch(self, texts: Sequence[str]) -> list[Sequence[int]]:
+        """Ids of each plain text."""
+        raise NotImplementedError
+
     def encode_prompt(self, query: str) -> list[int]:
         """Ids of one user turn with the generation prompt added (method section 2)."""
         return list(self.encode_prompts([query])[0])
 
-    def encode_batch(self, texts: Sequence[str]) -> list[Sequence[int]]:
-        raise NotImplementedError
-
     def encode_prompts(self, queries: Sequence[str]) -> list[Sequence[int]]:
+        """Ids of each query as one user turn, with the generation prompt added (method section 2)."""
+        return self.encode_chats([[{"role": "user", "content": query}] for query in queries])
+
+    def encode_chats(self, chats: Sequence[Sequence[Message]]) -> list[Sequence[int]]:
+        """Ids of each conversation, with the generation prompt added (method section 2).
+
+        Names of special tokens in the contents are spelled out, as in `encode`.
+
+        Raises:
+          UserError: a message without a role or text, no chat template, or a conversation that it does not accept.
+        """
         raise NotImplementedError
 
     def decode(self, ids: Iterable[int], skip_special_tokens: bool = True) -> str:
@@ -59,8 +79,22 @@ class Tokenizer:
         raise NotImplementedError
 
 
+def check_messages(chat: Sequence[Message]) -> None:
+    """Raises a UserError that names the first message of a conversation that is none."""
+    for index, message in enumerate(chat):
+        if message.get("role") not in ROLES:
+            raise UserError(f"Message {index} has the role {message.get('role')!r}; choose one of {', '.join(ROLES)}.")
+        if not isinstance(message.get("content"), str):
+            raise UserError(f"Message {index} has the content {message.get('content')!r}; it must be a text.")
+    if not chat:
+        raise UserError("The conversation has no message; a prompt needs at least one.")
+
+
 class ByteTokenizer(Tokenizer):
-    """UTF-8 bytes (ids 0..255) and six special ids. A prompt is `<user> query <assistant>`: two ids more than its bytes."""
+    """UTF-8 bytes (ids 0..255) and six special ids.
+
+    A prompt is `<user> query <assistant>`, two ids more than its bytes; an answer in a conversation ends with `<end>`.
+    """
 
     SPECIAL = ("<|pad|>", "<|end|>", "<|user|>", "<|assistant|>", BEGIN_TOKEN, MASK_TOKEN)
 
@@ -72,8 +106,18 @@ class ByteTokenizer(Tokenizer):
     def encode_batch(self, texts):
         return [np.frombuffer(text.encode("utf-8"), np.uint8) for text in texts]
 
-    def encode_prompts(self, queries):
-        return [[self.user_id, *query.encode("utf-8"), self.assistant_id] for query in queries]
+    def encode_chats(self, chats):
+        return [[*itertools.chain.from_iterable(self._turns(chat)), self.assistant_id] for chat in chats]
+
+    def _turns(self, chat):
+        check_messages(chat)
+        for message in chat:
+            if message["role"] == "system":
+                raise UserError("The byte tokenizer has no system turns; put the instruction into the user's turn.")
+            if message["role"] == "user":
+                yield self.user_id, *message["content"].encode("utf-8")
+            else:
+                yield self.assistant_id, *message["content"].encode("utf-8"), self.eos_id
 
     def encode(self, text):
         return list(text.encode("utf-8"))
@@ -94,13 +138,19 @@ class ByteTokenizer(Tokenizer):
 
 
 class HuggingFaceTokenizer(Tokenizer):
-    """A tokenizer of the `transformers` library; works offline for a folder. Adds the begin and mask tokens when absent."""
+    """A tokenizer of the `transformers` library; works offline for a folder. Adds absent begin and mask tokens."""
 
     def __init__(self, tokenizer, name: str):
-        tokenizer.add_tokens(
-            [t for t in (BEGIN_TOKEN, MASK_TOKEN) if t not in tokenizer.get_vocab()], special_tokens=True
-        )
         self._tokenizer, self._name = tokenizer, name
+        self._lock = threading.Lock()  # the library keeps split_special_tokens in the object: threads would mix it up
+        chat_end = [CHAT_END_TOKEN] if CHAT_END_TOKEN in tokenizer.get_vocab() else []
+        known = {token.content for token in self._special_tokens()}
+        tokenizer.add_tokens(
+            [token for token in (BEGIN_TOKEN, MASK_TOKEN, *chat_end) if token not in known], special_tokens=True
+        )
+        special = sorted(self._special_tokens(), key=lambda token: len(token.content), reverse=True)
+        self._begins = re.compile("|".join(_begin(token.content) for token in special))
+        self._names = re.compile("(" + "|".join(map(_whole, special)) + ")")
         vocab = tokenizer.get_vocab()
         self.vocab_size = max(vocab.values()) + 1
         self.begin_id, self.mask_id = vocab[BEGIN_TOKEN], vocab[MASK_TOKEN]
@@ -117,25 +167,62 @@ class HuggingFaceTokenizer(Tokenizer):
             backend.to_str() if backend is not None else json.dumps(vocab, sort_keys=True) + type(tokenizer).__name__
         )
         self.fingerprint = hashlib.blake2b(
-            f"{rules}\n{tokenizer.chat_template}\n{self.eos_id}".encode(), digest_size=16
+            f"prompts 2\n{rules}\n{tokenizer.chat_template}\n{self.eos_id}".encode(), digest_size=16
         ).hexdigest()
 
-    def encode_batch(self, texts):
-        return self._tokenizer(list(texts), add_special_tokens=False, split_special_tokens=True)["input_ids"]
+    def _special_tokens(self):
+        return [token for token in self._tokenizer.added_tokens_decoder.values() if token.special]
 
-    def encode_prompts(self, queries):
+    def _ids(self, texts: Sequence[str], *, split: bool) -> list[list[int]]:
+        if not texts:
+            return []
+        with self._lock:
+            return self._tokenizer(list(texts), add_special_tokens=False, split_special_tokens=split)["input_ids"]
+
+    def encode_batch(self, texts):
+        return self._ids(texts, split=True)
+
+    def encode_chats(self, chats):
         if not self._tokenizer.chat_template:
             raise UserError(
                 f"tokenizer {self._name!r} has no chat template, so a query cannot become a prompt. Add chat_template "
                 "to its tokenizer_config.json, or train on plain text (an empty query_field)."
             )
-        texts = [
-            self._tokenizer.apply_chat_template(
-                [{"role": "user", "content": query}], add_generation_prompt=True, tokenize=False
-            )
-            for query in queries
-        ]
-        return self._tokenizer(texts, add_special_tokens=False)["input_ids"]
+        rendered = [self._render(chat) for chat in chats]
+        whole = iter(self._ids([text for text, mark in rendered if mark not in text], split=False))
+        return [self._pieces(text, mark) if mark in text else next(whole) for text, mark in rendered]
+
+    def _render(self, chat: Sequence[Message]) -> tuple[str, str]:
+        """The text of a conversation, and a mark that breaks every name of a special token in its contents.
+
+        A name that is whole is then the template's own. The mark stands behind the first character of a name: templates
+        that strip contents, or look for other words in them, find what they always find.
+        """
+        check_messages(chat)
+        taken = {*str(self._tokenizer.chat_template), *"".join(message["content"] for message in chat)}
+        mark = next(
+            c for c in map(chr, range(0xE000, sys.maxunicode)) if c not in taken
+        )  # of no meaning, to begin with
+        marked = [{"role": m["role"], "content": self._begins.sub(rf"\g<0>{mark}", m["content"])} for m in chat]
+        try:
+            text = self._tokenizer.apply_chat_template(marked, add_generation_prompt=True, tokenize=False)
+        except Exception as error:  # jinja2's, for instance what the template itself raises
+            reason = f"{type(error).__name__}: {error}"
+            raise UserError(
+                f"the chat template of tokenizer {self._name!r} does not accept a conversation of "
+                f"{', '.join(message['role'] for message in chat)} ({reason})."
+            ) from error
+        return text, mark
+
+    def _pieces(self, text: str, mark: str) -> list[int]:
+        """Ids of a marked text: whole names in it are special, what stands between them is plain text.
+
+        Tokenizers themselves split at special tokens first, so a text without marks has the same ids as a whole.
+        """
+        pieces = self._names.split(text)  # plain texts, with names at odd places
+        first, *texts = self._ids([piece.replace(mark, "") for piece in pieces[::2]], split=True)
+        names = self._tokenizer.convert_tokens_to_ids([piece.strip() for piece in pieces[1::2]])
+        return [*first, *itertools.chain.from_iterable((name, *ids) for name, ids in zip(names, texts, strict=True))]
 
     def decode(self, ids, skip_special_tokens=True):
         # Ids between the logical vocabulary and the table's end have no text.
@@ -146,11 +233,24 @@ class HuggingFaceTokenizer(Tokenizer):
         self._tokenizer.save_pretrained(str(folder))
 
 
+def _begin(name: str) -> str:
+    """Pattern of the first character of a name, where the rest follows, or the text ends before the rest does."""
+    rest = ""
+    for character in reversed(name[1:]):
+        rest = rf"(?:{re.escape(character)}{rest}|\s*\Z)"
+    return f"{re.escape(name[0])}(?={rest})"
+
+
+def _whole(token) -> str:
+    """Pattern of a special token, with the white space that it takes along."""
+    return (r"\s*" if token.lstrip else "") + re.escape(token.content) + (r"\s*" if token.rstrip else "")
+
+
 def load_tokenizer(spec: str) -> Tokenizer:
     """Makes a tokenizer.
 
     Args:
-      spec: "bytes", a folder (written by `Tokenizer.save` or in Hugging Face layout), or a name on the Hugging Face hub.
+      spec: "bytes", a folder (of `Tokenizer.save` or in Hugging Face layout), or a name on the Hugging Face hub.
 
     Raises:
       UserError: no such folder, not a tokenizer, or a name that cannot be downloaded.
