@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import linen as nn
+from forward import forward, logits
 from micro import get_config, write_examples
 
 from refusion_jax.checkpoint import convert, load, orbax, stream
@@ -42,10 +43,8 @@ def our_logits(folder, tokens, positions) -> np.ndarray:
     config, mesh = load.load_model_config(folder), make_mesh(2, 2, 2)
     params = load.load_params(folder, config, mesh, sharding.TRAIN_RULES)
     with sharding.use(mesh, sharding.TRAIN_RULES):
-        forward = jax.jit(
-            lambda params, *inputs: qwen3.logits(config, params, qwen3.Qwen3(config).apply({"params": params}, *inputs))
-        )
-        return np.asarray(forward(params, tokens, positions))
+        whole = jax.jit(lambda params, *inputs: logits(config, params, forward(config, params, *inputs)))
+        return np.asarray(whole(params, tokens, positions))
 
 
 def our_continuation(folder, prompt: list[int], count: int) -> list[int]:
@@ -57,8 +56,8 @@ def our_continuation(folder, prompt: list[int], count: int) -> list[int]:
 
     @jax.jit
     def extend(params, buffer, n):
-        hidden = qwen3.Qwen3(config).apply({"params": params}, buffer, positions)
-        return buffer.at[0, n].set(jnp.argmax(qwen3.logits(config, params, hidden[0, n - 1])))
+        hidden = jax.lax.dynamic_slice_in_dim(forward(config, params, buffer, positions), n - 1, 1, axis=1)
+        return buffer.at[0, n].set(jnp.argmax(logits(config, params, hidden)))
 
     for n in range(len(prompt), buffer.shape[1]):
         buffer = extend(params, buffer, n)
