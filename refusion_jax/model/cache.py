@@ -21,11 +21,14 @@ class KVCache:
     Attributes:
       k, v: [layer, batch, kv_head, cache_length, head_dim], or a tuple with an array of the last four for each layer.
       length: [batch] int32, entries that may be seen.
+      rows: None: the window has a row for each of the batch. Else [shard, row] int32: it is of these rows of each of so many
+        equal parts of the batch (so that each device finds its own), and `length` is [shard * row]. Past its part: of none.
     """
 
     k: jax.Array | tuple[jax.Array, ...]
     v: jax.Array | tuple[jax.Array, ...]
     length: jax.Array
+    rows: jax.Array | None = None
 
     @classmethod
     def empty(cls, config: ModelConfig, batch: int, cache_length: int, dtype: str | None = None) -> "KVCache":
@@ -44,9 +47,9 @@ class KVCache:
         return jax.tree.leaves(self.k)[0].shape[-2]
 
     def write(self, layer: jax.Array | int, entries: jax.Array, k: jax.Array, v: jax.Array) -> "KVCache":
-        """Puts keys and values [batch, kv_head, window, head_dim] at `entries` [batch, window] of a layer; past the end: nowhere."""
-        rows, heads = jnp.arange(k.shape[0])[:, None, None], jnp.arange(k.shape[1])[None, :, None]
-        at = (rows, heads, entries[:, None])
+        """Puts keys and values [row, kv_head, window, head_dim] at `entries` [row, window] of a layer; past the end: nowhere."""
+        batch = jnp.arange(len(k)) if self.rows is None else self._in_batch(jax.tree.leaves(self.k)[0].shape[-4])
+        at = (batch[:, None, None], jnp.arange(k.shape[1])[None, :, None], entries[:, None])
 
         def put(old, new):
             if not isinstance(old, tuple):
@@ -57,15 +60,26 @@ class KVCache:
         return self.replace(k=put(self.k, k), v=put(self.v, v))
 
     def read(self, layer: jax.Array | int, first: jax.Array | int, size: int) -> tuple[jax.Array, jax.Array]:
-        """Keys and values [batch, kv_head, size, head_dim] of a layer's entries from `first` on."""
+        """Keys and values [row, kv_head, size, head_dim] of a layer's entries from `first` on."""
 
         def part(x):
             if isinstance(x, tuple):
-                return x[layer] if size == x[layer].shape[2] else jax.lax.dynamic_slice_in_dim(x[layer], first, size, 2)
-            _, batch, heads, _, dim = x.shape
-            return jax.lax.dynamic_slice(x, (layer, 0, 0, first, 0), (1, batch, heads, size, dim))[0]
+                x = x[layer] if size == x[layer].shape[2] else jax.lax.dynamic_slice_in_dim(x[layer], first, size, 2)
+            else:
+                _, batch, heads, _, dim = x.shape
+                x = jax.lax.dynamic_slice(x, (layer, 0, 0, first, 0), (1, batch, heads, size, dim))[0]
+            if self.rows is None:
+                return x
+            by_shard = x.reshape(len(self.rows), -1, *x.shape[1:])
+            return jax.vmap(lambda x, rows: x.at[rows].get(mode="clip"))(by_shard, self.rows).reshape(-1, *x.shape[1:])
 
         return part(self.k), part(self.v)
+
+    def _in_batch(self, batch: int) -> jax.Array:
+        """`rows` as indices in the whole batch; past its end where they are past their shard's."""
+        own = batch // len(self.rows)
+        index = self.rows + own * jnp.arange(len(self.rows))[:, None]
+        return jnp.where(self.rows < own, index, batch).reshape(-1)
 
     def commit(self, count: jax.Array) -> "KVCache":
         """Lets queries see `count` [batch] more entries: those of the window that was forwarded last."""

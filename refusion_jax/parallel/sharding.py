@@ -1,7 +1,7 @@
 """Which logical axis lies on which mesh axis. One table for training, one for decoding."""
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import jax
 from flax import linen as nn
@@ -35,6 +35,29 @@ def use(mesh: Mesh, rules: Rules) -> Iterator[None]:
     """Makes logical constraints inside the model mean `rules` on `mesh`."""
     with jax.set_mesh(mesh), nn.logical_axis_rules(rules):
         yield
+
+
+class OnMesh:
+    """A jitted function that is always traced and run with the rules meaning the mesh, and leaves neither behind.
+
+    Tracing takes the mesh and the rules in, so a function that is used under others needs another OnMesh.
+    """
+
+    def __init__(self, mesh: Mesh | None, rules: Rules, function: Callable, **jit_arguments):
+        self._mesh, self._rules = mesh, rules
+        # A function of its own: JAX would share the trace of `function` between rules.
+        self.jitted = jax.jit(lambda *args: function(*args), **jit_arguments)
+
+    def __call__(self, *args):
+        with self._use():
+            return self.jitted(*args)
+
+    def lower(self, *args):
+        with self._use():
+            return self.jitted.lower(*args)
+
+    def _use(self) -> contextlib.AbstractContextManager:
+        return use(self._mesh, self._rules) if self._mesh else contextlib.nullcontext()
 
 
 def check_model(config: ModelConfig, mesh: Mesh) -> None:

@@ -19,5 +19,6 @@ are then expected where `param_shardings(model_config, mesh, DECODE_RULES)` puts
 
 from refusion_jax.sampling.batching import Report, generate, stream
 from refusion_jax.sampling.config import Generation, SamplerConfig
+from refusion_jax.sampling.engine import Engine, Prompt
 
-__all__ = ["Generation", "Report", "SamplerConfig", "generate", "stream"]
+__all__ = ["Engine", "Generation", "Prompt", "Report", "SamplerConfig", "generate", "stream"]

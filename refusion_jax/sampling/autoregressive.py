@@ -6,102 +6,70 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
-from refusion_jax.model.attention import Appended
-from refusion_jax.model.cache import KVCache
 from refusion_jax.model.config import ModelConfig
-from refusion_jax.model.qwen3 import Qwen3
 from refusion_jax.sampling.config import Settings
-from refusion_jax.sampling.reduction import reduce_logits
-from refusion_jax.sampling.state import State
+from refusion_jax.sampling.reduction import Query, Seen
+from refusion_jax.sampling.state import Canvas, Request
 
 
 @struct.dataclass
 class Row:
-    """Where the decoding of a prompt stands; every leaf has a leading batch axis."""
+    """Where the decoding of a prompt stands."""
 
     done: jax.Array
     prompt_length: jax.Array
     key: jax.Array
-    count: jax.Array  # tokens so far; the last one is not in the cache yet
-    tokens: jax.Array  # [length]
-    offsets: jax.Array
-    rounds: jax.Array
-    forwards: jax.Array
-    tokens_forwarded: jax.Array
+    settings: Settings
+    canvas: Canvas
+    last: jax.Array  # the token before the open position, which is not in the cache yet
+
+
+@struct.dataclass
+class Window:
+    """The one token that is forwarded; its leaves have an axis of 1."""
+
+    tokens: jax.Array
+    positions: jax.Array
+    mask: jax.Array
+    used: jax.Array
+    query: Query
 
 
 @dataclasses.dataclass(frozen=True)
 class Autoregressive:
-    """The static part of a decoding; the same three functions as `PlanAndInfill`."""
+    """The static part of a decoding; the same members as `PlanAndInfill`."""
 
     model: ModelConfig
     length: int
     window: int = 1
+    held_back: int = 1  # the prompt's last token is the first window
 
-    def empty(self, batch: int, cache_length: int) -> State:
-        zeros = jnp.zeros(batch, jnp.int32)
-        index = jnp.broadcast_to(jnp.arange(self.length), (batch, self.length))
-        rows = Row(
-            done=zeros == 0,
-            prompt_length=zeros,
-            key=jax.vmap(jax.random.key)(zeros),
-            count=zeros,
-            tokens=jnp.zeros_like(index),
-            offsets=index,
-            rounds=index,
-            forwards=zeros,
-            tokens_forwarded=zeros,
+    def start(self, request: Request) -> Row:
+        return Row(
+            done=jnp.bool_(False),
+            prompt_length=request.prompt_length,
+            key=request.key,
+            settings=request.settings,
+            canvas=Canvas.empty(self.length, request.prompt_length - 1),
+            last=request.last_token,
         )
-        return State(cache=KVCache.empty(self.model, batch, cache_length), rows=rows)
 
-    def prefill(
-        self,
-        params: dict,
-        state: State,
-        settings: Settings,
-        rows: jax.Array,
-        prompts: jax.Array,
-        lengths: jax.Array,
-        keys: jax.Array,
-    ) -> State:
-        """Puts new prompts into rows of the batch and decodes their first token; arguments as in `PlanAndInfill`."""
-        count, padded = prompts.shape
-        fresh = self.empty(count, padded)
-        fresh_rows = fresh.rows.replace(done=jnp.zeros(count, bool), prompt_length=lengths, key=keys)
-        positions = jnp.broadcast_to(jnp.arange(padded), prompts.shape)
-        causal = jnp.broadcast_to(jnp.tri(padded, dtype=bool), (count, padded, padded))
-        context = Appended(fresh.cache, causal)
-        hidden, context = Qwen3(self.model).apply({"params": params}, prompts, positions, context)
-        cache = context.cache
-        last = jnp.take_along_axis(hidden, lengths[:, None, None] - 1, axis=1)
-        fresh_rows = self.advance(params, fresh_rows, last, lengths, settings)
-        return state.insert(State(cache.commit(lengths), fresh_rows), rows, padded)
-
-    def step(self, params: dict, state: State, settings: Settings) -> State:
-        """One token of every row."""
-        rows = state.rows
-        tokens = jnp.take_along_axis(rows.tokens, rows.count[:, None] - 1, axis=1)
-        positions = (rows.prompt_length + rows.count - 1)[:, None]
-        context = Appended(state.cache, jnp.ones((len(tokens), 1, 1), bool))
-        hidden, context = Qwen3(self.model).apply({"params": params}, tokens, positions, context)
-        return State(context.cache.commit(~rows.done), self.advance(params, rows, hidden, 1, settings))
-
-    def advance(
-        self, params: dict, rows: Row, hidden: jax.Array, forwarded: jax.Array | int, settings: Settings
-    ) -> Row:
-        """Appends the token that follows from hidden states [batch, 1, hidden]."""
-        keys = jax.vmap(jax.random.fold_in)(rows.key, rows.count)
-        token = reduce_logits(
-            self.model, params, hidden, jnp.zeros((len(keys), 1), jnp.int32), keys[:, None], settings
-        ).draft
-        at = jnp.where(rows.done, self.length, rows.count)[:, None]
-        tokens = rows.tokens.at[jnp.arange(len(at))[:, None], at].set(token, mode="drop")
-        active = ~rows.done
-        count = rows.count + active
-        return rows.replace(
-            done=rows.done | (token[:, 0] == self.model.eos_token_id) | (count == self.length),
-            count=count,
-            tokens=tokens,
-            forwards=rows.forwards + active,
-            tokens_forwarded=rows.tokens_forwarded + active * forwarded,
+    def ask(self, row: Row) -> Window:
+        count = row.canvas.count
+        token = row.last[None]
+        keys = jax.random.fold_in(row.key, count)[None]
+        return Window(
+            tokens=token,
+            positions=(row.prompt_length + count - 1)[None],
+            mask=jnp.ones((1, 1), bool),
+            used=jnp.int32(1),
+            query=Query.of(jnp.zeros_like(token), keys, row.settings),
         )
+
+    def advance(self, row: Row, window: Window, seen: Seen) -> tuple[Row, jax.Array]:
+        """The row with one more token, and how many tokens of the window go into the cache."""
+        count = row.canvas.count
+        canvas = row.canvas.commit(count[None], seen.draft, jnp.int32(1), count)
+        last = seen.draft[0]
+        done = row.settings.stops(last) | (canvas.count == row.settings.limit)
+        return row.replace(done=done, canvas=canvas, last=last), jnp.int32(1)

@@ -1,70 +1,16 @@
-"""Many prompts through a batch of fixed size: the compiled loop, refilling of finished rows, results as they come."""
+"""Many prompts through one engine: results as they come, or all together."""
 
-import contextlib
 import dataclasses
-import functools
 from collections.abc import Iterator, Sequence
 
-import jax
-import jax.numpy as jnp
-import numpy as np
 from jax.sharding import Mesh
 
 from refusion_jax.errors import UserError
-from refusion_jax.model import flash
 from refusion_jax.model.config import ModelConfig
-from refusion_jax.parallel import sharding
-from refusion_jax.sampling.autoregressive import Autoregressive
-from refusion_jax.sampling.config import Generation, SamplerConfig, Settings, check_prompts
-from refusion_jax.sampling.plan_and_infill import PlanAndInfill
+from refusion_jax.sampling.config import Generation, SamplerConfig, check_prompts
+from refusion_jax.sampling.engine import Engine, Prompt
 
-# Tokens a forward takes in about the time that reading the weights takes, on chips made for this. On a CPU every token costs.
-FREE_TOKENS = 160
-
-
-def make_sampler(model: ModelConfig, config: SamplerConfig, batch_size: int) -> PlanAndInfill | Autoregressive:
-    """The static part of a decoding with these settings: what compiled programs are kept by."""
-    if config.method == "autoregressive":
-        return Autoregressive(model, config.gen_length)
-    n, k = config.slots // config.blocks, config.slot_size
-    carry = config.speculate != "off"
-    free = 0 if flash.platform()[0] == "cpu" else FREE_TOKENS // batch_size
-    tokens = {"off": 0, "auto": free, "on": max(FREE_TOKENS, 2 * n * k)}[config.speculate]
-    chunks = max(n, (config.window or tokens) // k) if carry else n
-    return PlanAndInfill(
-        model, slots=n, slot_size=k, blocks=config.blocks, chunks=chunks, carry_plan=carry, carry_guesses=carry
-    )
-
-
-@functools.partial(jax.jit, static_argnames=("sampler", "batch", "cache_length"))
-def empty(sampler, batch: int, cache_length: int):
-    return sampler.empty(batch, cache_length).placed()
-
-
-@functools.partial(jax.jit, static_argnames="sampler", donate_argnames="state")
-def prefill(sampler, params, state, settings, rows, prompts, lengths, keys):
-    return sampler.prefill(params, state, settings, rows, prompts, lengths, keys).placed()
-
-
-@functools.partial(jax.jit, static_argnames="sampler", donate_argnames="state")
-def run(sampler, params: dict, state, settings: Settings, max_steps: jax.Array, until_done: jax.Array):
-    """Steps until `until_done` rows are done or `max_steps` have been made; returns the state and the steps made."""
-
-    def go_on(carry):
-        steps, state = carry
-        return (steps < max_steps) & (jnp.sum(state.rows.done) < until_done)
-
-    def body(carry):
-        steps, state = carry
-        return steps + 1, sampler.step(params, state, settings)
-
-    steps, state = jax.lax.while_loop(go_on, body, (jnp.int32(0), state))
-    return state.placed(), steps
-
-
-def bucket(length: int) -> int:
-    """Padded length of a prompt: 32, 64, 128, then multiples of 128."""
-    return next((size for size in (32, 64) if length <= size), -(-length // 128) * 128)
+UNLIMITED = 2**30  # passes: until a row is done
 
 
 @dataclasses.dataclass
@@ -74,8 +20,8 @@ class Report:
     batch: int = 0
     window: int = 0  # tokens of a row's window
     cache_length: int = 0
-    steps: int = 0  # forwards of the whole batch
-    prefills: int = 0  # forwards over new prompts
+    steps: int = 0  # passes of the whole batch
+    prefills: int = 0  # passes over prompts
 
 
 def stream(
@@ -121,53 +67,20 @@ def stream(
             f"cache has room for beside the answer (max_prompt_length {max_prompt_length}); shorten it or raise "
             "max_prompt_length."
         )
-    shards = mesh.shape["data"] * mesh.shape["fsdp"] if mesh else 1
-    batch = min(batch_size, 1 << max(0, len(prompts) - start - 1).bit_length())
-    batch = -(-batch // shards) * shards
-    sampler, settings = make_sampler(model, config, batch), Settings.of(config)
-    cache_length = bucket(max_prompt_length or longest) + config.length + sampler.window
+    if start >= len(prompts):
+        return
+    batch = min(batch_size, 1 << (len(prompts) - start - 1).bit_length())
+    engine = Engine(params, model, config, batch, max_prompt_length=max_prompt_length or longest, mesh=mesh)
     report = report if report is not None else Report()
-    report.batch, report.window, report.cache_length = batch, sampler.window, cache_length
-    root = jax.random.key(seed)
-
-    with sharding.use(mesh, sharding.DECODE_RULES) if mesh else contextlib.nullcontext():
-        state = empty(sampler, batch, cache_length)
-        waiting = list(range(start, len(prompts)))[::-1]
-        owner = [None] * batch  # which prompt each row decodes
-        while waiting or any(prompt is not None for prompt in owner):
-            free = [row for row in range(batch) if owner[row] is None]
-            while waiting and free:
-                # As many at once as the mesh has shards of rows; a row past the batch is padding.
-                rows = [free.pop(0) for _ in range(min(shards, len(free), len(waiting)))]
-                taken = [waiting.pop() for _ in rows]
-                for row, index in zip(rows, taken):
-                    owner[row] = index
-                padded = np.zeros((shards, bucket(max(len(prompts[i]) for i in taken))), np.int32)
-                for line, index in zip(padded, taken):
-                    line[: len(prompts[index])] = prompts[index]
-                spare = shards - len(rows)
-                lengths = np.array([len(prompts[i]) for i in taken] + [1] * spare)
-                keys = jax.vmap(jax.random.fold_in, (None, 0))(root, np.array(taken + [0] * spare))
-                state = prefill(
-                    sampler, params, state, settings, np.array(rows + [batch] * spare), padded, lengths, keys
-                )
-                report.prefills += 1
-            idle = sum(prompt is None for prompt in owner)
-            state, steps = run(sampler, params, state, settings, every or 2**30, idle + 1)
-            report.steps += int(steps)
-            rows = jax.device_get(
-                {
-                    name: getattr(state.rows, name)
-                    for name in ("done", "count", "tokens", "offsets", "rounds", "forwards", "tokens_forwarded")
-                }
-            )
-            for row, index in enumerate(owner):
-                finished = bool(rows["done"][row])
-                if index is None or not (finished or every):
-                    continue
-                if finished:
-                    owner[row] = None
-                yield Generation.of(index, {name: value[row] for name, value in rows.items()}, model.eos_token_id)
+    report.batch, report.window, report.cache_length = engine.batch, engine.sampler.window, engine.cache_length
+    waiting = iter(range(start, len(prompts)))
+    index = next(waiting, None)
+    while index is not None or engine.busy:
+        while index is not None and engine.add(Prompt(prompts[index], config, index, seed)) is not None:
+            index = next(waiting, None)
+        answers = engine.step(every or UNLIMITED, unfinished=bool(every))
+        report.steps, report.prefills = engine.steps, engine.prefills
+        yield from answers
 
 
 def generate(

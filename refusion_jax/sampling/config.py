@@ -4,7 +4,7 @@ import dataclasses
 import math
 from collections.abc import Sequence
 
-import jax.numpy as jnp
+import jax
 import numpy as np
 from flax import struct
 
@@ -13,6 +13,7 @@ from refusion_jax.model.config import ModelConfig
 
 METHODS = ("plan_and_infill", "autoregressive")
 SPECULATE = ("off", "on", "auto")
+MAX_STOP_IDS = 8  # ids that may end an answer, the model's EOS among them
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,18 +87,40 @@ class SamplerConfig:
 
 @struct.dataclass
 class Settings:
-    """The part of the settings that is traced: changing it compiles nothing."""
+    """The part of a request's settings that is traced, of one row: changing it compiles nothing.
 
-    slot_threshold: jnp.ndarray
-    token_threshold: jnp.ndarray
-    temperature: jnp.ndarray
-    top_k: jnp.ndarray
-    top_p: jnp.ndarray
+    Attributes:
+      slot_threshold, token_threshold, temperature, top_k, top_p: as in `SamplerConfig`.
+      limit: tokens the answer may have, at most the sampler's length.
+      stop_ids: [MAX_STOP_IDS] ids that end the answer, the model's EOS first; -1 where there are fewer.
+    """
+
+    slot_threshold: jax.Array
+    token_threshold: jax.Array
+    temperature: jax.Array
+    top_k: jax.Array
+    top_p: jax.Array
+    limit: jax.Array
+    stop_ids: jax.Array
 
     @classmethod
-    def of(cls, config: SamplerConfig) -> "Settings":
-        floats = (config.slot_threshold, config.token_threshold, config.temperature)
-        return cls(*map(jnp.float32, floats), top_k=jnp.int32(config.top_k), top_p=jnp.float32(config.top_p))
+    def of(cls, config: SamplerConfig, eos: int, *, limit: int = 0, stop_ids: Sequence[int] = ()) -> "Settings":
+        """Settings of a request, as NumPy scalars; `limit` 0 is the whole length, `stop_ids` end an answer besides `eos`."""
+        stops = np.full(MAX_STOP_IDS, -1, np.int32)
+        stops[: 1 + len(stop_ids)] = [eos, *stop_ids]
+        return cls(
+            slot_threshold=np.float32(config.slot_threshold),
+            token_threshold=np.float32(config.token_threshold),
+            temperature=np.float32(config.temperature),
+            top_k=np.int32(config.top_k),
+            top_p=np.float32(config.top_p),
+            limit=np.int32(limit or config.length),
+            stop_ids=stops,
+        )
+
+    def stops(self, tokens: jax.Array) -> jax.Array:
+        """Which of `tokens`, of any shape, end the answer."""
+        return (tokens[..., None] == self.stop_ids).any(axis=-1)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -111,8 +134,8 @@ class Generation:
         behind an EOS are in here (they condition the slots before it) though not in `tokens`.
       committed: the ids that belong to `order`.
       rounds: the round (which plan) each entry of `order` was committed in.
-      forwards: forward passes this prompt took part in, the one over the prompt included.
-      tokens_forwarded: tokens in those passes, the prompt included, padding not.
+      forwards: forward passes of the loop that this prompt took part in. The prompt's own, chunk by chunk, are not counted.
+      tokens_forwarded: tokens in all passes, the prompt included, padding not.
       finished: the answer is complete.
     """
 
@@ -131,22 +154,24 @@ class Generation:
         return len(self.tokens) / self.forwards
 
     @classmethod
-    def of(cls, index: int, row: dict[str, np.ndarray], eos: int) -> "Generation":
-        """From the log and the counters of one row of the batch."""
-        count = int(row["count"])
-        tokens, offsets, rounds = (row[name][:count].tolist() for name in ("tokens", "offsets", "rounds"))
-        by_offset, response = dict(zip(offsets, tokens, strict=True)), []
-        while len(response) in by_offset and eos not in response[-1:]:
-            response.append(by_offset[len(response)])
+    def of(
+        cls, index: int, canvas: dict[str, np.ndarray], stop_ids: Sequence[int], limit: int, finished: bool
+    ) -> "Generation":
+        """From the canvas of one row (see `state.Canvas`)."""
+        order = np.argsort(canvas["when"], kind="stable")[np.sum(canvas["when"] < 0) :]
+        tokens, response, ended = canvas["tokens"].tolist(), [], False
+        while len(response) < limit and canvas["when"][len(response)] >= 0 and not ended:
+            response.append(tokens[len(response)])
+            ended = response[-1] in stop_ids
         return cls(
             index=index,
             tokens=response,
-            order=offsets,
-            committed=tokens,
-            rounds=rounds,
-            forwards=int(row["forwards"]),
-            tokens_forwarded=int(row["tokens_forwarded"]),
-            finished=bool(row["done"]),
+            order=order.tolist(),
+            committed=canvas["tokens"][order].tolist(),
+            rounds=canvas["round"][order].tolist(),
+            forwards=int(canvas["forwards"]),
+            tokens_forwarded=int(canvas["tokens_forwarded"]),
+            finished=finished,
         )
 
 

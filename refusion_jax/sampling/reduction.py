@@ -1,4 +1,4 @@
-"""From hidden states to the few numbers per token that decoding decides with; logits never leave this file."""
+"""From logits to the few numbers per token that decoding decides with; run by `over_vocabulary`, logits never leave it."""
 
 from collections.abc import Callable
 
@@ -7,16 +7,36 @@ import jax.numpy as jnp
 from flax import struct
 
 from refusion_jax.model.config import ModelConfig
-from refusion_jax.model.head import output_table
 from refusion_jax.sampling.config import Settings
-
-# Most float32 logits held at once. 2^26 (256 MB) is one pass for a Qwen3 window of 441 tokens, all rows together.
-MAX_LOGITS = 2**26
 
 
 @struct.dataclass
-class Reduced:
-    """All [batch, window], probabilities in float32 at temperature 1."""
+class Query:
+    """What is asked of the logits at each token of a window; leaves have the window's axes first.
+
+    Attributes:
+      next_tokens: ids whose probability is asked for.
+      key: raw PRNG keys [..., 2] of the draft at each token.
+      temperature, top_k, top_p: of the draft.
+    """
+
+    next_tokens: jax.Array
+    key: jax.Array
+    temperature: jax.Array
+    top_k: jax.Array
+    top_p: jax.Array
+
+    @classmethod
+    def of(cls, next_tokens: jax.Array, keys: jax.Array, settings: Settings) -> "Query":
+        """Of one row's window: tokens [window], keys [window], and settings that hold for all of them."""
+        spread = lambda x: jnp.broadcast_to(x, next_tokens.shape)
+        of_draft = map(spread, (settings.temperature, settings.top_k, settings.top_p))
+        return cls(next_tokens, jax.random.key_data(keys), *of_draft)
+
+
+@struct.dataclass
+class Seen:
+    """What a window's logits say, by token; probabilities in float32 at temperature 1."""
 
     top: jax.Array  # most probable id
     top_prob: jax.Array  # its probability
@@ -25,67 +45,55 @@ class Reduced:
     draft_prob: jax.Array
 
 
-def reduce_logits(
-    config: ModelConfig, params: dict, hidden: jax.Array, next_tokens: jax.Array, keys: jax.Array, settings: Settings
-) -> Reduced:
-    """Reduces the logits of hidden states [batch, window, hidden]; padded rows of the table, mask and begin excluded.
+def reduce(model: ModelConfig, logits: jax.Array, query: Query) -> Seen:
+    """Reduces logits [tokens, vocab]; the mask and begin ids take no part (padded rows of the table are -inf already)."""
+    ids = jnp.arange(model.vocab_size)
+    never = [i for i in (model.mask_token_id, model.begin_token_id) if i is not None]
+    for i in never:
+        logits = jnp.where(ids == i, -jnp.inf, logits)
+    total = jax.nn.logsumexp(logits, axis=-1)
 
-    Args:
-      next_tokens: [batch, window] ids whose probability is asked for.
-      keys: [batch, window] PRNG keys of the draft at each token.
-    """
-    table = output_table(params).astype(hidden.dtype)
-    ids = jnp.arange(config.vocab_size)
-    allowed = ids < config.logical_vocab_size
-    for never in (config.mask_token_id, config.begin_token_id):
-        allowed &= ids != (-1 if never is None else never)
+    def prob(token):
+        # A comparison and a maximum, not a gather: it stays a local reduction when the vocabulary is sharded.
+        return jnp.exp(jnp.max(jnp.where(ids == token[..., None], logits, -jnp.inf), axis=-1) - total)
 
-    def reduce(part):
-        hidden, next_tokens, keys = part
-        logits = jnp.einsum("BTD,VD->BTV", hidden, table, preferred_element_type=jnp.float32)
-        logits = jnp.where(allowed, logits, -jnp.inf)
-        total = jax.nn.logsumexp(logits, axis=-1)
-        # A comparison and a sum, not a gather: it stays a local reduction when the vocabulary is sharded.
-        prob = lambda token: jnp.exp(jnp.max(jnp.where(ids == token[..., None], logits, -jnp.inf), axis=-1) - total)
-        top = jnp.argmax(logits, axis=-1)
-        draft = jax.lax.cond(settings.temperature > 0, lambda: _sample(logits, keys, settings), lambda: top)
-        return Reduced(top, prob(top), prob(next_tokens), draft, prob(draft))
+    top = jnp.argmax(logits, axis=-1)
+    top_prob = prob(top)
 
-    batch, window = next_tokens.shape
-    parts = next(
-        n
-        for n in range(1, window + 1)
-        if window % n == 0 and (batch * window // n * config.vocab_size <= MAX_LOGITS or n == window)
-    )
-    split = lambda x: jnp.moveaxis(x.reshape(batch, parts, window // parts, *x.shape[2:]), 1, 0)
-    join = lambda x: jnp.moveaxis(x, 0, 1).reshape(batch, window)
-    return jax.tree.map(join, jax.lax.map(reduce, (split(hidden), split(next_tokens), split(keys))))
+    def sampled():
+        draft = jnp.where(query.temperature > 0, sample(logits, query), top)
+        return draft, prob(draft)
+
+    draft, draft_prob = jax.lax.cond((query.temperature > 0).any(), sampled, lambda: (top, top_prob))
+    return Seen(top, top_prob, prob(query.next_tokens), draft, draft_prob)
 
 
-def _sample(logits: jax.Array, keys: jax.Array, settings: Settings) -> jax.Array:
-    """Ids drawn from logits [batch, window, vocab] after temperature, top-k, then top-p; one key per token."""
-    logits = logits / jnp.maximum(settings.temperature, 1e-6)
+def sample(logits: jax.Array, query: Query) -> jax.Array:
+    """Ids drawn from logits [tokens, vocab] after temperature, top-k, then top-p; each token has its own key and settings."""
+    logits = logits / jnp.maximum(query.temperature, 1e-6)[:, None]
 
     def cut_to_k(logits):
-        return _cut(logits, lambda kept: jnp.sum(kept, axis=-1) >= settings.top_k)
+        count = jnp.where(query.top_k > 0, query.top_k, logits.shape[-1])
+        return _cut(logits, lambda kept: jnp.sum(kept, axis=-1) >= count)
 
     def cut_to_p(logits):
         probs = jax.nn.softmax(logits, axis=-1)
-        return _cut(logits, lambda kept: jnp.sum(jnp.where(kept, probs, 0), axis=-1) >= settings.top_p)
+        kept = _cut(logits, lambda kept: jnp.sum(jnp.where(kept, probs, 0), axis=-1) >= query.top_p)
+        return jnp.where((query.top_p < 1)[:, None], kept, logits)
 
-    logits = jax.lax.cond(settings.top_k > 0, cut_to_k, lambda x: x, logits)
-    logits = jax.lax.cond(settings.top_p < 1, cut_to_p, lambda x: x, logits)
-    noise = jax.vmap(jax.vmap(lambda key: jax.random.gumbel(key, logits.shape[-1:])))(keys)
+    logits = jax.lax.cond((query.top_k > 0).any(), cut_to_k, lambda x: x, logits)
+    logits = jax.lax.cond((query.top_p < 1).any(), cut_to_p, lambda x: x, logits)
+    noise = jax.vmap(lambda key: jax.random.gumbel(jax.random.wrap_key_data(key), logits.shape[-1:]))(query.key)
     return jnp.argmax(logits + noise, axis=-1)
 
 
 def _cut(logits: jax.Array, enough: Callable[[jax.Array], jax.Array]) -> jax.Array:
-    """Keeps the fewest of the largest logits [batch, window, vocab] that are enough, and those equal to the least of them.
+    """Keeps the fewest of the largest logits [..., vocab] that are enough, and those equal to the least of them.
 
     The least one is found bit by bit, from sums over the vocabulary: sorting would gather it from its shards.
 
     Args:
-      enough: from flags [batch, window, vocab] to [batch, window]. If even all are not enough, all are kept.
+      enough: from flags [..., vocab] to [...]. If even all are not enough, all are kept.
     """
     bits = jax.lax.bitcast_convert_type(logits, jnp.int32)
     ordered = bits ^ ((bits >> 31) & 0x7FFFFFFF)  # integers in the order of the floats

@@ -1,40 +1,101 @@
-"""What the samplers have in common: a cache and the rows of a batch."""
+"""What the samplers have in common: the canvas an answer is written on, and the batch being decoded."""
 
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from flax import linen as nn
 from flax import struct
 
 from refusion_jax.model.cache import KVCache
+from refusion_jax.sampling.config import Settings
+
+
+@struct.dataclass
+class Request:
+    """What a sampler starts a row from; every leaf is of one row.
+
+    Attributes:
+      prompt_length: tokens of the prompt.
+      last_token: of the prompt.
+      key: PRNG key of the row.
+      settings: of this request.
+    """
+
+    prompt_length: jax.Array
+    last_token: jax.Array
+    key: jax.Array
+    settings: Settings
+
+
+@struct.dataclass
+class Canvas:
+    """The answer of one row, by position in the response.
+
+    Attributes:
+      tokens: [length] ids.
+      when: [length] how many tokens had been committed before this one; -1: still open. Its argsort is the commit order.
+      round: [length] the round a token was committed in.
+      count: tokens committed.
+      forwards: passes of the loop that the row took part in.
+      tokens_forwarded: tokens in all its passes, the prompt's included.
+    """
+
+    tokens: jax.Array
+    when: jax.Array
+    round: jax.Array
+    count: jax.Array
+    forwards: jax.Array
+    tokens_forwarded: jax.Array
+
+    @classmethod
+    def empty(cls, length: int, tokens_forwarded: jax.Array) -> "Canvas":
+        """Nothing committed; `tokens_forwarded` is what the prompt took."""
+        zeros, zero = jnp.zeros(length, jnp.int32), jnp.int32(0)
+        return cls(zeros, zeros - 1, zeros, count=zero, forwards=zero, tokens_forwarded=tokens_forwarded)
+
+    def commit(self, offsets: jax.Array, tokens: jax.Array, count: jax.Array, round: jax.Array) -> "Canvas":
+        """Writes the first `count` of `tokens` [window] at `offsets` [window], in this order."""
+        index = jnp.arange(len(tokens))
+        at = jnp.where(index < count, offsets, len(self.tokens))
+        return self.replace(
+            tokens=self.tokens.at[at].set(tokens, mode="drop"),
+            when=self.when.at[at].set(self.count + index, mode="drop"),
+            round=self.round.at[at].set(round, mode="drop"),
+            count=self.count + count,
+        )
+
+    def forwarded(self, tokens: jax.Array) -> "Canvas":
+        """One more pass, with so many tokens of this row in it."""
+        return self.replace(forwards=self.forwards + 1, tokens_forwarded=self.tokens_forwarded + tokens)
 
 
 @struct.dataclass
 class State:
     """A batch being decoded.
 
-    `rows` is the sampler's own struct with a leading batch axis on every leaf. It has at least `done` [batch] bool and
-    the log of committed tokens, `count` [batch], `tokens`, `offsets` (position in the response) and `rounds`, each
-    [batch, length], and the counters `forwards` and `tokens_forwarded` [batch].
+    `rows` is the sampler's own struct with a leading batch axis on every leaf; it has at least `done` [batch] bool and
+    `canvas`.
     """
 
     cache: KVCache
     rows: Any
 
-    def insert(self, fresh: "State", rows: jax.Array, length: int) -> "State":
-        """Puts the rows of `fresh`, with the first `length` entries of their caches, at `rows`; past the batch: nowhere."""
-        put = lambda old, new: old.at[rows].set(new, mode="drop")
-        put_cache = lambda old, new: old.at[:, rows, :, :length].set(new[:, :, :, :length], mode="drop")
-        cache = KVCache(
-            k=put_cache(self.cache.k, fresh.cache.k),
-            v=put_cache(self.cache.v, fresh.cache.v),
-            length=put(self.cache.length, fresh.cache.length),
-        )
-        return State(cache, jax.tree.map(put, self.rows, fresh.rows))
-
     def placed(self) -> "State":
         """The same, laid out over the mesh in use: rows like a batch, heads of the cache like the model's."""
-        axes = ("layers", "batch", "kv_heads", "length", "head_dim")
+        entries = ("batch", "kv_heads", "length", "head_dim")
+        by_entry = lambda x: nn.with_logical_constraint(x, entries if x.ndim == 4 else ("layers", *entries))
         by_row = lambda x: nn.with_logical_constraint(x, ("batch", *(None,) * (x.ndim - 1)))
-        k, v = (nn.with_logical_constraint(x, axes) for x in (self.cache.k, self.cache.v))
+        k, v = jax.tree.map(by_entry, (self.cache.k, self.cache.v))
         return State(KVCache(k, v, by_row(self.cache.length)), jax.tree.map(by_row, self.rows))
+
+
+def select(condition: jax.Array, yes: Any, no: Any) -> Any:
+    """`yes` where a scalar condition holds, else `no`, of every leaf of two equal trees."""
+    return jax.tree.map(lambda a, b: jnp.where(condition, a, b), yes, no)
+
+
+def first(flags: jax.Array) -> jax.Array:
+    """Index of the first True along the last axis; its length if there is none."""
+    size = flags.shape[-1]
+    return jnp.min(jnp.where(flags, jnp.arange(size), size), axis=-1)
