@@ -1,4 +1,4 @@
-"""A cache is used when sound, rebuilt when stale, damaged or unfinished; processes that start together build it once."""
+"""A cache is used when sound, rebuilt when stale or damaged, and built once by processes that start together."""
 
 import concurrent.futures
 import fcntl
@@ -195,7 +195,7 @@ def test_empty_source_and_unusable_folder(data, tmp_path):
 
 @pytest.mark.parametrize("locks", [True, False])
 def test_builders_that_start_together(locks, data, tmp_path, monkeypatch):
-    """With file locks (of open files, so that threads stand for processes) one builds; without, the first to finish wins."""
+    """With file locks (of open files: threads stand for processes) one builds; without, the first to finish wins."""
 
     class Slow(Counting):
         def encode_batch(self, texts):

@@ -1,13 +1,17 @@
 """Rows by number: independent of processes, resumable anywhere, every example once per epoch."""
 
+import dataclasses
 import importlib.util
 import itertools
 import json
+import threading
 
+import chex
 import numpy as np
 import pytest
 
 from refusion_jax.config import SourceConfig
+from refusion_jax.data import packing
 from refusion_jax.data.cache import cached_tokens
 from refusion_jax.data.pipeline import batches, epoch_batches, load_rows
 from refusion_jax.data.sources import open_source
@@ -28,12 +32,6 @@ def spelling(size=400, **settings):
 
 def load(cache_dir, *sources, max_length=256, **settings):
     return load_rows(sources or (spelling(),), TOKENIZER, max_length=max_length, cache_dir=cache_dir, **settings)
-
-
-def same(a, b):
-    assert a.keys() == b.keys()
-    for name in a:
-        np.testing.assert_array_equal(a[name], b[name], err_msg=name)
 
 
 def row_examples(row):
@@ -97,8 +95,8 @@ def test_global_batches_do_not_depend_on_the_process_count(processes, cache_dir)
         for share, piece in zip(shares, pieces):
             for name in joined:
                 joined[name][share] = piece[name]
-        same(joined, expected)
-        same({name: x[2] for name, x in expected.items()}, rows[3 + n * 8 + 2])
+        chex.assert_trees_all_equal(joined, expected)
+        chex.assert_trees_all_equal({name: x[2] for name, x in expected.items()}, rows[3 + n * 8 + 2])
 
 
 def test_a_process_reads_only_its_rows(cache_dir, monkeypatch):
@@ -120,7 +118,52 @@ def test_resume_at_any_row_is_exact(batch_size, next_batch_size, cache_dir):
         resumed = [next(fresh) for _ in range(3)]
         for n, batch in enumerate(resumed):
             for i in range(next_batch_size):
-                same({name: x[i] for name, x in batch.items()}, rows[start + n * next_batch_size + i])
+                chex.assert_trees_all_equal(
+                    {name: x[i] for name, x in batch.items()}, rows[start + n * next_batch_size + i]
+                )
+
+
+def test_the_next_epoch_is_planned_while_this_one_is_read(cache_dir, monkeypatch):
+    """Once half of an epoch is read, the next one is begun; nobody waits for it who does not need it."""
+    rows = load(cache_dir)
+    begun, go_on, pack = threading.Event(), threading.Event(), packing.pack
+
+    def slow(*arguments):
+        begun.set()
+        assert go_on.wait(60)
+        return pack(*arguments)
+
+    monkeypatch.setattr(packing, "pack", slow)
+    last = rows.rows_per_epoch - 1
+    reader = threading.Thread(target=lambda: [rows[i] for i in range(last + 1)], daemon=True)
+    try:
+        reader.start()
+        reader.join(60)
+        assert not reader.is_alive() and begun.wait(60)
+        waiting = threading.Thread(target=lambda: rows[last + 1], daemon=True)
+        waiting.start()  # this one has to wait
+        rows[last]
+        assert waiting.is_alive()
+    finally:
+        go_on.set()
+    waiting.join(60)
+    assert not waiting.is_alive()
+
+
+def test_rows_do_not_depend_on_who_reads_when(cache_dir):
+    rows, number = load(cache_dir), 3 * load(cache_dir).rows_per_epoch
+    expected = [rows[i] for i in range(number)]
+    shuffled, read = load(cache_dir), {}
+    order = np.random.default_rng(0).permutation(number)
+    threads = [
+        threading.Thread(target=lambda part: read.update({i: shuffled[i] for i in part}), args=(order[n::4],))
+        for n in range(4)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    chex.assert_trees_all_equal([read[i] for i in range(number)], expected)
 
 
 def test_evaluation_is_one_fixed_epoch_filled_up_with_empty_rows(cache_dir):
@@ -134,7 +177,7 @@ def test_evaluation_is_one_fixed_epoch_filled_up_with_empty_rows(cache_dir):
     assert sorted(number for _, _, number in examples) == list(range(400))
     again = epoch_batches(load(cache_dir, shuffle=False, seed=9), batch_size=batch_size, local_rows=range(batch_size))
     for a, b in zip(again, seen, strict=True):
-        same(a, b)
+        chex.assert_trees_all_equal(a, b)
 
 
 def test_mixture_weights_are_passes_per_epoch(cache_dir):
@@ -162,6 +205,83 @@ def test_report_counts_what_is_there(cache_dir):
     assert dropped and (cut.report.examples, cut.report.dropped) == (400 - dropped, dropped)
     assert f"{dropped} dropped (longer than {limit})" in str(cut.report) and "% padding" in str(cut.report)
     assert max(len(tokens) for tokens, _, _ in epoch_examples(cut, 0)) <= limit
+
+
+# --- Long documents.
+
+
+def documents(folder, *texts):
+    folder.mkdir(parents=True, exist_ok=True)
+    for i, text in enumerate(texts):
+        (folder / f"{i}.txt").write_text(text)
+    return SourceConfig("text", str(folder))
+
+
+def letters(count, seed=0):
+    return "".join(np.random.default_rng(seed).choice(list("abcdefgh"), count))
+
+
+@pytest.mark.parametrize("count", [61, 62, 63, 64, 125, 126, 127, 128, 1000])
+def test_a_long_document_is_split_and_nothing_of_it_is_lost(count, cache_dir, tmp_path):
+    """Rows of 64 hold 63 characters behind the begin id, or 62 and the end id."""
+    text = letters(count)
+    rows = load(cache_dir, documents(tmp_path, text), max_length=64, shuffle=False, max_examples_per_row=1)
+    pieces = [next(row_examples(rows[i])) for i in range(rows.rows_per_epoch)]
+    assert len(pieces) == -(-count // 63) and all(length == 1 for _, length, _ in pieces)
+    assert all(tokens[0] == TOKENIZER.begin_id and len(tokens) <= 64 for tokens, _, _ in pieces)
+    joined = [t for tokens, _, _ in pieces for t in tokens[1:]]
+    assert TOKENIZER.decode(joined) == text
+    # Only the end of the document is an end; where it would be a piece of its own, it is left out.
+    assert joined.count(TOKENIZER.eos_id) == (count % 63 != 0)
+    assert len({number for _, _, number in pieces}) == len(pieces)
+
+
+def test_where_a_document_is_cut_depends_on_nothing_else(cache_dir, tmp_path):
+    texts = [letters(n, n) for n in (300, 20, 64, 150)]
+    together = load(cache_dir, documents(tmp_path / "all", *texts), spelling(), max_length=64, seed=3)
+    found = sorted(e[0] for e in epoch_examples(together, 0) if e[1] == 1)
+    alone = [load(cache_dir, documents(tmp_path / f"{i}", text), max_length=64) for i, text in enumerate(texts)]
+    assert found == sorted(e[0] for rows in alone for e in epoch_examples(rows, 0))
+    report = together.report
+    assert report.sources[0] == (f"text:{tmp_path / 'all'}", 5 + 1 + 2 + 3, 10, 0)
+    assert "11 examples, 10 of them pieces of documents longer than 64" in str(report)
+
+
+def test_a_document_is_in_one_part_with_all_its_pieces(cache_dir, tmp_path):
+    source = documents(tmp_path, *(letters(200, n) for n in range(20)))
+    train, held_out = (
+        load(cache_dir, dataclasses.replace(source, start=a, stop=b), max_length=64) for a, b in ((0, 0.6), (0.6, 1))
+    )
+    numbers = [{number // 4 for _, _, number in epoch_examples(rows, 0)} for rows in (train, held_out)]
+    assert numbers[0] and numbers[1] and not numbers[0] & numbers[1]
+    assert train.report.examples + held_out.report.examples == 80
+
+
+# --- What rows are.
+
+
+def test_the_fingerprint_names_what_the_rows_depend_on(cache_dir, tmp_path):
+    (tmp_path / "a.json").write_text(json.dumps([{"query": str(i), "response": "b"} for i in range(50)]))
+    source = SourceConfig("json", str(tmp_path / "a.json"))
+    settings = dict(max_length=64, max_examples_per_row=4, seed=1)
+    before = load(cache_dir, source, **settings).fingerprint
+    assert json.loads(json.dumps(before)) == before
+
+    def changed(*sources, **other):
+        now = load(cache_dir, *sources, **{**settings, **other}).fingerprint
+        return {name for name in before | now if before.get(name) != now.get(name)}
+
+    assert changed(source) == set()
+    assert changed(source, seed=2) == {"seed"}
+    assert changed(source, max_length=128) == {"data.max_length"}
+    assert changed(source, max_examples_per_row=0) == {"data.max_examples_per_row"}
+    assert changed(dataclasses.replace(source, stop=0.9, weight=2.0)) == {"data.train.0.stop", "data.train.0.weight"}
+    more = {f"data.train.1.{name}" for name in ("content", "start", "stop", "weight")}
+    assert changed(source, spelling()) == more
+    moved = (tmp_path / "a.json").rename(tmp_path / "b.json")
+    assert changed(SourceConfig("json", str(moved))) == set()  # the content counts, not where it is
+    moved.write_text(moved.read_text().replace('"b"', '"c"'))
+    assert changed(SourceConfig("json", str(moved))) == {"data.train.0.content"}
 
 
 def test_parts_of_a_source_share_no_prompt(cache_dir):

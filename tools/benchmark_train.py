@@ -24,6 +24,7 @@ from refusion_jax import step as steps_lib
 from refusion_jax.config import Config, add_config_arguments, parse_config
 from refusion_jax.data import pipeline
 from refusion_jax.data.cache import TokenCache
+from refusion_jax.data.pieces import cut
 from refusion_jax.data.tokenizers import load_tokenizer
 from refusion_jax.errors import UserError
 from refusion_jax.metrics import flops
@@ -41,7 +42,7 @@ def synthetic_rows(config: Config, examples: int = 20000) -> pipeline.Rows:
     offsets = np.concatenate([[0], np.cumsum(lengths)])
     tokens = rng.integers(0, config.model.logical_vocab_size - 2, offsets[-1], np.int32)
     cache = TokenCache(tokens, offsets, (lengths // 4).astype(np.int32), np.zeros(examples, np.uint64))
-    part = pipeline.Part("synthetic", cache, np.arange(examples), 0, 1.0)
+    part = pipeline.Part("synthetic", cut(cache, config.data.max_length, begin_id=-1), np.arange(examples), 0, 1.0)
     return pipeline.Rows(
         [part],
         max_length=config.data.max_length,

@@ -52,17 +52,19 @@ class Source:
     def __init__(self, config: SourceConfig):
         self.config = config
         self.name = f"{config.kind}:{config.path}"
+        self._key = ""
 
     def key(self, notes: pathlib.Path | None = None) -> str:
-        """Changes when the content or the way it is read does.
+        """Changes when the content or the way it is read does; found once.
 
         Args:
           notes: folder where hashes of files are remembered, so that a start need not read all data; None: all is read.
         """
-        fields = (self.config.query_field, self.config.response_field)
-        return hashlib.blake2b(
-            repr((self.config.kind, self._content_key(notes), fields)).encode(), digest_size=16
-        ).hexdigest()
+        if not self._key:
+            fields = (self.config.query_field, self.config.response_field)
+            content = repr((self.config.kind, self._content_key(notes), fields))
+            self._key = hashlib.blake2b(content.encode(), digest_size=16).hexdigest()
+        return self._key
 
     def _content_key(self, notes: pathlib.Path | None) -> Any:
         raise NotImplementedError

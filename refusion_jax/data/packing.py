@@ -1,9 +1,9 @@
 """Packing: which examples share a row. A pure function of the lengths and a seed.
 
 Examples come in random order and go, one after another, to the fullest of a few dozen open rows that still has room
-(best fit); when none has room the fullest row is closed and a new one opened. What the last open rows hold is packed once
-more, longest first. So rows are nearly full, and apart from that which examples meet in a row is chance. About a second
-per million examples.
+(best fit); when none has room the fullest row is closed and a new one opened. What the last open rows hold is packed
+once more, longest first. So rows are nearly full, and apart from that which examples meet in a row is chance. About a
+second per million examples.
 """
 
 import bisect
