@@ -1,13 +1,21 @@
-"""Eight virtual CPU devices for every test, and where the data lies."""
+"""Eight virtual CPU devices for every test, or a GPU for those marked gpu; and where the data lies.
+
+`REFUSION_TEST_PLATFORM=gpu python -m pytest -m gpu` runs the tests that need an NVIDIA GPU; elsewhere they are skipped.
+"""
 
 import os
 import pathlib
 
-# Before the first import of jax anywhere in the tests. They compile more than they compute: not optimising halves their time.
-os.environ["JAX_PLATFORMS"] = "cpu"
-os.environ["XLA_FLAGS"] = (
-    os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
-)
+# Before the first import of jax anywhere in the tests.
+ON_GPU = os.environ.get("REFUSION_TEST_PLATFORM", "cpu") == "gpu"
+if not ON_GPU:
+    # They compile more than they compute: not optimising halves their time.
+    os.environ["JAX_PLATFORMS"] = "cpu"
+    os.environ["XLA_FLAGS"] = (
+        os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
+    )
+# Commands that tests call keep no programs in the home of whoever runs them; a folder named from outside is used.
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", "")
 
 import pytest
 
@@ -18,6 +26,13 @@ def pytest_configure(config):
     config.addinivalue_line("markers", "torch: compares with PyTorch; needs torch and transformers")
     config.addinivalue_line("markers", "gpu: needs an NVIDIA GPU")
     config.addinivalue_line("markers", "tpu_compiler: compiles for TPUs; needs libtpu (pip install '.[tpu]')")
+
+
+def pytest_collection_modifyitems(items):
+    if not ON_GPU:
+        for item in items:
+            if item.get_closest_marker("gpu"):
+                item.add_marker(pytest.mark.skip(reason="needs an NVIDIA GPU and REFUSION_TEST_PLATFORM=gpu"))
 
 
 @pytest.fixture(scope="session")

@@ -1,31 +1,45 @@
-"""Every attention implementation against a float32 einsum written out here."""
+"""Every attention context and kernel against an einsum in float64 under masks written out here."""
 
 import dataclasses
 import functools
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import linen as nn
+from forward import forward
 from jax.extend.core import jaxprs_in_params
 
 from refusion_jax.errors import UserError
 from refusion_jax.model import attention, flash
 from refusion_jax.model.cache import KVCache
 from refusion_jax.model.config import ModelConfig
-from refusion_jax.model.qwen3 import Qwen3, init_params
+from refusion_jax.model.qwen3 import init_params, unstacked
 from refusion_jax.parallel import sharding
 from refusion_jax.parallel.mesh import make_mesh
 
 
-def reference_attention(q, k, v, segment_ids):
-    """[batch, length, heads, head_dim]: keys repeated per query head, scores in full, float32."""
-    length, repeats = q.shape[1], q.shape[2] // k.shape[2]
+def reference_attention(q, k, v, mask):
+    """[batch, length, heads, head_dim] under mask [batch, query, key]: keys repeated per query head, scores in full."""
+    repeats = q.shape[2] // k.shape[2]
     k, v = jnp.repeat(k, repeats, axis=2), jnp.repeat(v, repeats, axis=2)
     scores = jnp.einsum("btnh,bsnh->bnts", q, k) / np.sqrt(q.shape[-1])
-    visible = (segment_ids[:, :, None] == segment_ids[:, None, :]) & np.tril(np.ones((length, length), bool))
-    return jnp.einsum("bnts,bsnh->btnh", jax.nn.softmax(jnp.where(visible[:, None], scores, -jnp.inf)), v)
+    weights = jax.nn.softmax(jnp.where(mask[:, None], scores, -jnp.inf), where=mask[:, None])
+    return jnp.einsum("bnts,bsnh->btnh", weights, v)
+
+
+def in_float64(qkv, mask, g):
+    """Output and gradients of the reference in float64."""
+    with jax.enable_x64(True):
+        q, k, v, g = (jnp.asarray(x, jnp.float64) for x in (*qkv, g))
+        out, backward = jax.vjp(lambda q, k, v: reference_attention(q, k, v, mask), q, k, v)
+        return jax.device_get([out, *backward(g)])
+
+
+def causal_mask(segments):
+    return (segments[:, :, None] == segments[:, None, :]) & np.tri(segments.shape[1], dtype=bool)
 
 
 def packed(batch, length, heads, kv_heads, dim, seed=0):
@@ -43,37 +57,111 @@ def packed(batch, length, heads, kv_heads, dim, seed=0):
 
 
 def outputs_and_gradients(attend, qkv, segments, g):
+    """Of `attend(q, k, v, segments)`; outputs at padding, which mean nothing, are 0."""
     out, backward = jax.vjp(lambda q, k, v: attend(q, k, v, segments), *qkv)
     return [out * (segments > 0)[..., None, None], *backward(jnp.asarray(g, out.dtype))]
 
 
-IMPLEMENTATIONS = {
-    "xla": (attention.segment_attention, (2, 1100, 4, 2, 16)),  # more than one chunk of queries, the last one ragged
-    "xla-short": (attention.segment_attention, (2, 37, 6, 2, 8)),
-    "splash": (functools.partial(flash.splash, interpret=True), (2, 384, 4, 2, 128)),
-    "splash-one-kv-head": (functools.partial(flash.splash, interpret=True), (1, 256, 3, 1, 128)),
+def assert_close(found, expected, **tolerance):
+    for what, a, b in zip(("output", "dq", "dk", "dv"), found, expected, strict=True):
+        np.testing.assert_allclose(np.asarray(a, np.float32), b, err_msg=what, **tolerance)
+
+
+# --- Contexts of training: what a token sees, written out here token by token.
+
+
+def blocks_of(segments, size):
+    """[batch, length] block of every token, counted from the start of its segment."""
+    first = np.argmax(segments[:, :, None] == segments[:, None, :], axis=2)
+    return ((np.arange(segments.shape[1]) - first) // size).astype(np.int32)
+
+
+EXTRA = np.random.default_rng(5).random((1, 1100, 1100)) < 0.1
+RULES = {  # of query i and key j in blocks b_i and b_j of one segment
+    "causal": lambda i, j, b_i, b_j: j <= i,
+    "all": lambda i, j, b_i, b_j: True,
+    "block": lambda i, j, b_i, b_j: b_j <= b_i,
+    "extra": lambda i, j, b_i, b_j: j <= i or EXTRA[0, i, j],
 }
 
 
-@pytest.mark.parametrize("name", IMPLEMENTATIONS)
-def test_outputs_and_gradients_equal_the_reference(name):
-    attend, shape = IMPLEMENTATIONS[name]
-    qkv, segments, g = packed(*shape)
-    expected = jax.jit(functools.partial(outputs_and_gradients, reference_attention))(qkv, segments, g)
+def context_of(rule, segments, blocks):
+    length = segments.shape[1]
+    blocks = jnp.asarray(blocks)
+    return {
+        "causal": lambda: attention.Packed(segments),
+        "all": lambda: attention.Packed(segments, see="all"),
+        "block": lambda: attention.Packed(segments, blocks, see="block"),
+        "extra": lambda: attention.Packed(segments, extra=jnp.asarray(EXTRA[:, :length, :length])),
+    }[rule]()
+
+
+@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("length", [37, 1100])  # one chunk, and several of which the last is ragged
+def test_packed_rows_equal_the_reference(rule, length):
+    qkv, segments, g = packed(2, length, 4, 2, 8)
+    blocks = blocks_of(segments, size=24)
+    sees = np.vectorize(lambda i, j, b_i, b_j: RULES[rule](i, j, b_i, b_j))
+    at = np.arange(length)
+    mask = np.stack([sees(at[:, None], at[None, :], b[:, None], b[None, :]) for b in blocks])
+    mask &= segments[:, :, None] == segments[:, None, :]
+    attend = lambda q, k, v, s: context_of(rule, s, blocks).attend(q, k, v)[0]
     found = jax.jit(functools.partial(outputs_and_gradients, attend))(qkv, segments, g)
-    for what, a, b in zip(("output", "dq", "dk", "dv"), expected, found, strict=True):
-        np.testing.assert_allclose(b, a, atol=1e-3 if name.startswith("splash") else 1e-5, err_msg=what)
+    expected = in_float64(qkv, mask, g)
+    expected[0] = expected[0] * (segments > 0)[..., None, None]
+    assert_close(found, expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("length", [24, 600])
+def test_two_streams_equal_their_rule(length):
+    """Noisy queries see noisy keys of their block and clean ones of earlier blocks; clean ones see clean ones up to theirs."""
+    (q, k, v), segments, _ = packed(2, 2 * length, 4, 2, 8)
+    segments = np.where(np.arange(length) < length // 3, 1, np.where(np.arange(length) < length - 3, 2, 0))
+    segments = np.stack([segments, np.ones(length, int)]).astype(np.int32)
+    blocks = blocks_of(segments, size=7)
+    mask = np.zeros((2, 2 * length, 2 * length), bool)
+    for row in range(2):
+        for i in range(length):
+            b, same = blocks[row, i], segments[row, i] == segments[row]
+            mask[row, i, :length] = same & (blocks[row] == b)
+            mask[row, i, length:] = same & (blocks[row] < b)
+            mask[row, length + i, length:] = same & (blocks[row] <= b)
+    g = np.random.default_rng(3).normal(size=q.shape).astype(np.float32)
+    g *= np.tile(segments > 0, 2)[..., None, None]
+    attend = lambda q, k, v, s: attention.TwoStream(jnp.array(segments), jnp.array(blocks)).attend(q, k, v)[0]
+    found = jax.jit(functools.partial(outputs_and_gradients, attend))((q, k, v), np.tile(segments, 2), g)
+    expected = in_float64((q, k, v), mask, g)
+    expected[0] = expected[0] * np.tile(segments > 0, 2)[..., None, None]
+    assert_close(found, expected, atol=1e-5)
+
+
+# --- Kernels.
+
+KERNELS = {
+    "splash": (True, (2, 384, 4, 2, 128)),
+    "splash-all": (False, (2, 384, 4, 2, 128)),
+    "splash-one-kv-head": (True, (1, 256, 3, 1, 128)),
+}
+
+
+@pytest.mark.parametrize("name", KERNELS)
+def test_splash_equals_the_reference(name):
+    causal, shape = KERNELS[name]
+    qkv, segments, g = packed(*shape)
+    mask = causal_mask(segments) if causal else segments[:, :, None] == segments[:, None, :]
+    expected = in_float64(qkv, mask, g)
+    expected[0] = expected[0] * (segments > 0)[..., None, None]
+    attend = functools.partial(flash.splash, causal=causal, interpret=True)
+    assert_close(jax.jit(functools.partial(outputs_and_gradients, attend))(qkv, segments, g), expected, atol=1e-3)
 
 
 @pytest.mark.gpu
 def test_cudnn_equals_the_reference():
-    if jax.default_backend() != "gpu":
-        pytest.skip("no GPU")
     qkv, segments, g = packed(2, 1024, 8, 2, 128)
-    expected = outputs_and_gradients(reference_attention, qkv, segments, g)
+    expected = in_float64(qkv, causal_mask(segments), g)
+    expected[0] = expected[0] * (segments > 0)[..., None, None]
     found = outputs_and_gradients(flash.cudnn, tuple(x.astype(jnp.bfloat16) for x in qkv), segments, g)
-    for a, b in zip(expected, found, strict=True):
-        np.testing.assert_allclose(np.asarray(b, np.float32), a, atol=0.03, rtol=0.03)
+    assert_close(found, expected, atol=0.03, rtol=0.03)
 
 
 def test_cudnn_lowers_to_its_flash_kernels(monkeypatch):
@@ -99,40 +187,80 @@ def test_splash_on_a_mesh_equals_one_device(mesh):
     """Rows over data x fsdp and heads over tensor, each device on its own part."""
     qkv, segments, g = packed(8, 128, 4, 2, 128)
     attend = functools.partial(flash.per_device, functools.partial(flash.splash, interpret=True))
-    expected = outputs_and_gradients(reference_attention, qkv, segments, g)
+    expected = in_float64(qkv, causal_mask(segments), g)
+    expected[0] = expected[0] * (segments > 0)[..., None, None]
     with sharding.use(make_mesh(*mesh), sharding.TRAIN_RULES):
         found = jax.jit(functools.partial(outputs_and_gradients, attend))(qkv, segments, g)
-    for a, b in zip(expected, found, strict=True):
-        np.testing.assert_allclose(b, a, atol=1e-3)
+    assert_close(found, expected, atol=1e-3)
 
 
-@pytest.mark.parametrize("chunk", [7, 16, 64])
+# --- Contexts of decoding.
+
+CAPACITY, LAYERS, LENGTHS = 50, 2, np.array([0, 5, 16, 29])
+
+
+def random_cache(rng, per_layer):
+    """Rows of ragged length, one of them empty, with old entries everywhere behind; (cache, k, v), stacked or layer by layer."""
+    k, v = rng.normal(size=(2, LAYERS, 4, 2, CAPACITY, 8)).astype(np.float32)
+    stored = (lambda x: tuple(jnp.asarray(layer) for layer in x)) if per_layer else jnp.asarray
+    return KVCache(stored(k), stored(v), jnp.asarray(LENGTHS, jnp.int32)), k, v
+
+
+def layer_of(x, layer):
+    return np.asarray(x[layer])
+
+
+@pytest.mark.parametrize("per_layer", [False, True], ids=["stacked", "per layer"])
+@pytest.mark.parametrize("score_bytes", [1500, 2**28], ids=["in parts", "at once"])
 @pytest.mark.parametrize("window", [1, 20])
-def test_attention_on_a_cache_equals_the_reference(monkeypatch, window, chunk):
-    """Rows of ragged length, an empty one among them, in a cache of several chunks or one; old entries do not matter."""
-    monkeypatch.setattr(attention, "KEY_CHUNK", chunk)
+def test_a_window_behind_a_cache_equals_the_reference(monkeypatch, window, score_bytes, per_layer):
+    """It sees the committed entries and, in itself, what the mask says; old entries behind do not matter."""
+    monkeypatch.setattr(attention, "SCORE_BYTES", score_bytes)
     rng = np.random.default_rng(0)
-    lengths, capacity, layers = [0, 5, 16, 29], 50, 2
-    draw = lambda *shape: rng.normal(size=shape).astype(np.float32)
-    k, v = draw(2, layers, 4, 2, capacity, 8)
-    q, new_k, new_v = draw(4, window, 6, 8), *draw(2, 4, window, 2, 8)
+    cache, k, v = random_cache(rng, per_layer)
+    q = rng.normal(size=(4, window, 6, 8)).astype(np.float32)
+    new_k, new_v = rng.normal(size=(2, 4, window, 2, 8)).astype(np.float32)
     mask = (rng.random((4, window, window)) < 0.5) | np.eye(window, dtype=bool)
-    context = attention.CachedAttention.start(
-        KVCache(*map(jnp.array, (k, v, lengths))), jnp.array(mask), window
-    ).replace(layer=jnp.int32(1))
-    out, context = context.attend(q, new_k, new_v)
-    for row, length in enumerate(lengths):
+    out, context = attention.Appended(cache, jnp.array(mask), layer=1).attend(q, new_k, new_v)
+    for row, length in enumerate(LENGTHS):
         keys, values = (
             np.concatenate([old[1, row, :, :length].swapaxes(0, 1), new[row]])[None]
             for old, new in ((k, new_k), (v, new_v))
         )
-        visible = np.concatenate([np.ones((window, length), bool), mask[row]], axis=1)
-        keys, values = (np.repeat(x, 3, axis=2) for x in (keys, values))  # each for three query heads
-        scores = jnp.einsum("btnh,bsnh->bnts", q[row : row + 1], keys) / np.sqrt(8)
-        expected = jnp.einsum("bnts,bsnh->btnh", jax.nn.softmax(jnp.where(visible, scores, -jnp.inf)), values)
+        visible = np.concatenate([np.ones((window, length), bool), mask[row]], axis=1)[None]
+        np.testing.assert_allclose(
+            out[row : row + 1], reference_attention(q[row : row + 1], keys, values, visible), atol=1e-5
+        )
+        written = layer_of(context.cache.k, 1)[row, :, length : length + window]
+        np.testing.assert_array_equal(written.swapaxes(0, 1), new_k[row])
+    np.testing.assert_array_equal(layer_of(context.cache.k, 0), k[0])
+    np.testing.assert_array_equal(context.cache.length, LENGTHS)
+    assert context.layer == 2
+
+
+@pytest.mark.parametrize("per_layer", [False, True], ids=["stacked", "per layer"])
+@pytest.mark.parametrize("score_bytes", [1500, 2**28], ids=["in parts", "at once"])
+def test_a_window_in_place_equals_the_reference(monkeypatch, score_bytes, per_layer):
+    """Its keys stand at their positions before queries see the first `length` entries, stale ones included; padding of the
+    window, past the end of the cache, is written nowhere."""
+    monkeypatch.setattr(attention, "SCORE_BYTES", score_bytes)
+    rng = np.random.default_rng(1)
+    cache, k, v = random_cache(rng, per_layer)
+    window = 6
+    q = rng.normal(size=(4, window, 6, 8)).astype(np.float32)
+    new_k, new_v = rng.normal(size=(2, 4, window, 2, 8)).astype(np.float32)
+    positions = np.stack([rng.choice(CAPACITY, window, replace=False) for _ in range(4)])
+    positions[:, 4:] = CAPACITY + np.arange(2)
+    out, context = attention.InPlace(cache, jnp.asarray(positions), layer=1).attend(q, new_k, new_v)
+    for row, length in enumerate(LENGTHS):
+        stored = [x[1, row].swapaxes(0, 1).copy() for x in (k, v)]  # [entry, head, head_dim]
+        for x, new in zip(stored, (new_k, new_v), strict=True):
+            x[positions[row, :4]] = new[row, :4]
+        visible = np.broadcast_to(np.arange(CAPACITY) < length, (1, window, CAPACITY))
+        expected = reference_attention(q[row : row + 1], *(x[None] for x in stored), visible)
         np.testing.assert_allclose(out[row : row + 1], expected, atol=1e-5)
-        np.testing.assert_array_equal(context.k[1, row, :, length : length + window].swapaxes(0, 1), new_k[row])
-    np.testing.assert_array_equal(context.k[0], k[0])
+        np.testing.assert_array_equal(layer_of(context.cache.v, 1)[row].swapaxes(0, 1), stored[1])
+    np.testing.assert_array_equal(layer_of(context.cache.v, 0), v[0])
 
 
 SMALL = ModelConfig(
@@ -161,7 +289,8 @@ def loss_and_gradients(config: ModelConfig, params):
     weight = jax.random.normal(jax.random.key(2), (2, 128, 64)) * (segments > 0)[..., None]
 
     def loss(params):
-        return jnp.sum(weight * Qwen3(config).apply({"params": params}, tokens, positions, segments))
+        params = params if config.scan_layers else unstacked(params)
+        return jnp.sum(weight * forward(config, params, tokens, positions, segments))
 
     return jax.jit(jax.value_and_grad(loss))(params)
 
@@ -184,7 +313,7 @@ def plain(small_params):
 )
 def test_gradients_do_not_depend_on_how_the_model_is_computed(small_params, plain, change):
     found = loss_and_gradients(dataclasses.replace(SMALL, **change), small_params)
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(b, a, atol=2e-3, rtol=1e-4), plain, found)
+    chex.assert_trees_all_close(found, plain, atol=2e-3, rtol=1e-4)
 
 
 def kernel_calls(jaxpr) -> int:
@@ -200,7 +329,7 @@ def test_minimal_remat_does_not_run_the_kernel_again(small_params):
     for remat in ("none", "minimal", "full"):
         config = dataclasses.replace(SMALL, remat=remat, attention="splash")
         tokens = jnp.ones((1, 128), jnp.int32)
-        loss = lambda p, config=config: jnp.sum(Qwen3(config).apply({"params": p}, tokens, tokens))
+        loss = lambda params, config=config: jnp.sum(forward(config, params, tokens, tokens))
         counts[remat] = kernel_calls(jax.make_jaxpr(jax.grad(loss))(small_params).jaxpr)
     assert counts == {"none": 3, "minimal": 3, "full": 4}
 

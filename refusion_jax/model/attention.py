@@ -78,7 +78,7 @@ class Packed:
       segment_ids: [batch, length] int32, 0 is padding.
       see: "causal" (those before it in the buffer, and itself), "all", or "block" (those of its own and earlier blocks).
       blocks: [batch, length] int32, the block of every token; for "block" only.
-      extra: [length, length] bool (query, key), seen besides, inside the segment; None: nothing.
+      extra: [1 or batch, length, length] bool (query, key), seen besides, inside the segment; None: nothing.
       implementation: of the kernel (`flash.choose` for "auto").
     """
 
@@ -97,7 +97,7 @@ class Packed:
             seen = (rows[:, None] >= jnp.arange(self.segment_ids.shape[1]))[None]
         else:
             seen = self.blocks[:, rows, None] >= self.blocks[:, None, :]
-        return same & (seen if self.extra is None else seen | self.extra[rows])
+        return same & (seen if self.extra is None else seen | self.extra[:, rows])
 
     def attend(self, q, k, v):
         """q [B, T, N, H], k and v [B, T, K, H] -> ([B, T, N, H] under the checkpoint name "attended", self)."""
