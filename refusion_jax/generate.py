@@ -17,7 +17,7 @@ from typing import Any
 
 from absl import logging
 
-from refusion_jax import display
+from refusion_jax import compilation, display
 from refusion_jax.decoder import (
     Answer,
     Decoder,
@@ -52,6 +52,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         raise UserError(
             "--prompts and --out go together: a file of prompts and the file that its answers are written to."
         )
+    compilation.keep_programs()
     logging.set_verbosity(logging.ERROR)  # Orbax warns that `params` alone is no whole checkpoint
 
     decoder = decoder_of(arguments)
@@ -69,7 +70,7 @@ def arguments_of(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m refusion_jax.generate",
         description=__doc__,
-        epilog=SETTINGS,
+        epilog=f"{SETTINGS}\n{compilation.HELP}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add_model_arguments(parser)

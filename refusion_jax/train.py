@@ -20,6 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
+from refusion_jax import compilation
 from refusion_jax import step as steps_lib
 from refusion_jax.checkpoint import load, orbax
 from refusion_jax.config import Config, add_config_arguments, parse_config
@@ -290,7 +291,10 @@ def weighted(config: Config, losses: dict[str, float]) -> float:
 
 def main() -> None:
     parser = argparse.ArgumentParser(
-        prog="python -m refusion_jax.train", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="python -m refusion_jax.train",
+        description=__doc__,
+        epilog=compilation.HELP,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add_config_arguments(parser)
     parser.add_argument(
@@ -300,6 +304,7 @@ def main() -> None:
     parser.add_argument("--num-processes", type=int)
     parser.add_argument("--process-id", type=int)
     arguments, config = parse_config(parser)
+    compilation.keep_programs()
     distributed.initialize(arguments.coordinator, arguments.num_processes, arguments.process_id)
     with distributed.together():
         train(config, arguments.workdir)

@@ -17,6 +17,7 @@ from typing import Any
 
 from absl import logging
 
+from refusion_jax import compilation
 from refusion_jax.data.examples import Source
 from refusion_jax.decoder import (
     Decoder,
@@ -78,6 +79,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     add_batch_arguments(parser)
     add_sampler_arguments(parser)
     arguments = parser.parse_args(argv)
+    compilation.keep_programs()
     logging.set_verbosity(logging.ERROR)
     if arguments.examples < 0:
         raise UserError(f"--examples is {arguments.examples}; give a number of examples, or 0 for all.")

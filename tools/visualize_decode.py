@@ -16,7 +16,7 @@ from typing import Any
 
 from absl import logging
 
-from refusion_jax import display
+from refusion_jax import compilation, display
 from refusion_jax.decoder import Decoder, add_model_arguments, add_sampler_arguments, decoder_of, held_out, settings_of
 from refusion_jax.errors import UserError, run_main
 from refusion_jax.sampling import Generation, SamplerConfig
@@ -221,6 +221,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="of sampling; default 0")
     add_sampler_arguments(parser)
     arguments = parser.parse_args(argv)
+    compilation.keep_programs()
     logging.set_verbosity(logging.ERROR)
     if arguments.out.suffix != ".png":
         raise UserError(
