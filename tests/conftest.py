@@ -6,6 +6,8 @@
 import os
 import pathlib
 
+import pytest
+
 # Before the first import of jax anywhere in the tests.
 ON_GPU = os.environ.get("REFUSION_TEST_PLATFORM", "cpu") == "gpu"
 if not ON_GPU:
@@ -16,8 +18,6 @@ if not ON_GPU:
     )
 # Commands that tests call keep no programs in the home of whoever runs them; a folder named from outside is used.
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", "")
-
-import pytest
 
 REPOSITORY = pathlib.Path(__file__).resolve().parent.parent
 
