@@ -20,7 +20,7 @@ setup(
         "jax>=0.10,<0.13",
         "flax>=0.12.8",
         "optax>=0.2.8",
-        "orbax-checkpoint>=0.12.8",
+        "orbax-checkpoint>=0.12.8,<0.13",
         "grain>=0.2.18",
         "array_record>=0.8",
         "tensorflow-datasets>=4.9.9",

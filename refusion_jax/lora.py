@@ -1,8 +1,8 @@
 """Low-rank adapters on a frozen base (LoRA, arXiv 2106.09685): w + alpha / rank * a b.
 
 Adapters are a tree shaped like the parameters, with {"a": [layer, ...in, rank], "b": [layer, rank, ...out]} in place of
-every targeted projection. The model applies them beside the projections (model/layers.py); `merge` adds them to the base
-once and for all.
+every targeted projection. The model applies them beside the projections (model/layers.py); `merge` adds them to the
+base once and for all.
 """
 
 import math
@@ -58,7 +58,10 @@ def shardings(config: ModelConfig, lora: LoraConfig, mesh: Mesh) -> dict:
 
 def scaled(adapters: dict, lora: LoraConfig) -> dict:
     """Adapters with alpha / rank multiplied into b: what the model's "lora" collection takes."""
-    scale = lambda path, x: x * (lora.alpha / lora.rank) if path[-1].key == "b" else x
+
+    def scale(path: tuple, x: jax.Array) -> jax.Array:
+        return x * (lora.alpha / lora.rank) if path[-1].key == "b" else x
+
     return jax.tree_util.tree_map_with_path(scale, adapters)
 
 

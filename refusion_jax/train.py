@@ -88,7 +88,8 @@ def _train(config: Config, workdir: pathlib.Path, resources: contextlib.ExitStac
     progress.say(f"data {rows.report}")
     checkpoints = orbax.Checkpoints(workdir, config.keep_last, config.keep_best)
     resources.enter_context(contextlib.closing(checkpoints))
-    meta = orbax.make_meta(config.model, step=0, tokenizer=config.data.tokenizer, config=json.loads(config.to_json()))
+    meta = describe(config, rows, checkpoints)
+    distributed.check_same_config(json.dumps(meta), "run", "Give all of them the same files and libraries")
     state, next_row, origin = first_state(config, program, checkpoints, meta)
     progress.say(origin)
     first = int(state.step)
@@ -188,6 +189,22 @@ def open_data(
     return rows, pipeline.load_rows(config.data.evaluation, tokenizer, shuffle=False, **settings)
 
 
+def describe(config: Config, rows: pipeline.Rows, checkpoints: orbax.Checkpoints) -> dict:
+    """The metadata of the run's checkpoints.
+
+    Raises:
+      UserError: the base of the run's adapters is gone or has changed.
+    """
+    return orbax.make_meta(
+        config.model,
+        step=0,
+        tokenizer=config.data.tokenizer,
+        config=json.loads(config.to_json()),
+        rows=rows.fingerprint,
+        base=load.base_of(config.init_from, checkpoints.latest_meta()) if config.lora.rank else None,
+    )
+
+
 def first_state(
     config: Config, program: steps_lib.Program, checkpoints: orbax.Checkpoints, meta: dict
 ) -> tuple[steps_lib.TrainState, int, str]:
@@ -204,19 +221,20 @@ def first_state(
         state, next_row = checkpoints.restore(program.abstract_state, meta)
         origin = f"resumed from step {int(state.step)} of this run"
     elif config.init_from and not config.lora.rank:
-        state = program.start(load_weights(config, program.mesh, "float32"))
+        state = program.start(load_weights(config, program.mesh, "float32", step=None))
         origin = f"weights from {config.init_from}"
     else:
         state = program.init(jax.random.key(config.seed))
     if config.lora.rank:
-        state = state.replace(frozen=load_weights(config, program.mesh, config.lora.base_dtype))
+        frozen = load_weights(config, program.mesh, config.lora.base_dtype, meta["base"]["step"])
+        state = state.replace(frozen=frozen)
         origin += f", on the frozen base {config.init_from}"
     return state, next_row, origin
 
 
-def load_weights(config: Config, mesh: Mesh, dtype: str) -> dict:
+def load_weights(config: Config, mesh: Mesh, dtype: str, step: int | None) -> dict:
     """The parameters that `init_from` names."""
-    return load.load_params(config.init_from, config.model, mesh, sharding.TRAIN_RULES, dtype=dtype)
+    return load.load_params(config.init_from, config.model, mesh, sharding.TRAIN_RULES, dtype, step)
 
 
 def device_batches(

@@ -15,11 +15,11 @@ import orbax.checkpoint as ocp
 import pytest
 import safetensors.numpy
 from flax import linen as nn
+from forward import forward, logits
 
 from refusion_jax.checkpoint import convert, huggingface, load, orbax, stream
 from refusion_jax.data.tokenizers import load_tokenizer
 from refusion_jax.errors import UserError
-from refusion_jax.model import qwen3
 from refusion_jax.model.config import ModelConfig, to_huggingface
 from refusion_jax.parallel import sharding
 from refusion_jax.parallel.mesh import make_mesh
@@ -119,12 +119,8 @@ def test_logits_through_orbax_on_a_mesh(reference, tmp_path, small_pieces, name)
     params = load.load_params(tmp_path / "orbax", config, mesh, sharding.TRAIN_RULES)
     expected = np.load(reference / name / "logits.npz")
     with sharding.use(mesh, sharding.TRAIN_RULES):
-        forward = jax.jit(
-            lambda p, tokens, positions: qwen3.logits(
-                config, p, qwen3.Qwen3(config).apply({"params": p}, tokens, positions)
-            )
-        )
-        found = forward(params, expected["tokens"], expected["permuted_positions"])
+        hidden = forward(config, params, expected["tokens"], expected["permuted_positions"])
+        found = logits(config, params, hidden)
     np.testing.assert_allclose(np.asarray(found)[:, expected["rows"]], expected["logits_permuted"], atol=2e-4)
 
 

@@ -10,12 +10,12 @@ import ml_dtypes
 import numpy as np
 import pytest
 import safetensors.numpy
+from forward import forward, logits
 from processes import finish, start
 
 from refusion_jax.checkpoint import huggingface, load
 from refusion_jax.checkpoint import safetensors as files
 from refusion_jax.errors import UserError
-from refusion_jax.model import qwen3
 from refusion_jax.parallel import sharding
 from refusion_jax.parallel.mesh import make_mesh
 
@@ -129,15 +129,10 @@ def test_logits_from_a_folder_on_a_mesh(reference):
     config, mesh = load.load_model_config(folder / "model"), make_mesh(2, 2, 2)
     params = load.load_params(folder / "model", config, mesh, sharding.TRAIN_RULES)
     expected = np.load(folder / "logits.npz")
-    forward = jax.jit(
-        lambda params, tokens, positions: qwen3.logits(
-            config, params, qwen3.Qwen3(config).apply({"params": params}, tokens, positions)
-        )
-    )
     with sharding.use(mesh, sharding.TRAIN_RULES):
-        for positions, logits in (("positions", "logits"), ("permuted_positions", "logits_permuted")):
-            found = forward(params, expected["tokens"], expected[positions])
-            np.testing.assert_allclose(np.asarray(found)[:, expected["rows"]], expected[logits], atol=2e-4)
+        for positions, name in (("positions", "logits"), ("permuted_positions", "logits_permuted")):
+            found = logits(config, params, forward(config, params, expected["tokens"], expected[positions]))
+            np.testing.assert_allclose(np.asarray(found)[:, expected["rows"]], expected[name], atol=2e-4)
 
 
 def test_table_is_a_bijection(reference):

@@ -8,13 +8,16 @@ import numpy as np
 import optax
 import pytest
 from flax import linen as nn
+from forward import logits as full_logits
 from micro import get_config, write_examples
 
 from refusion_jax import lora, train
 from refusion_jax.checkpoint import convert, load, orbax
 from refusion_jax.config import LoraConfig, from_config_dict
 from refusion_jax.errors import UserError
-from refusion_jax.model import layers, qwen3
+from refusion_jax.model import layers
+from refusion_jax.model.attention import Packed
+from refusion_jax.model.qwen3 import Qwen3
 from refusion_jax.parallel import sharding
 from refusion_jax.parallel.mesh import make_mesh
 
@@ -41,7 +44,8 @@ def trained(adapters):
 @jax.jit
 def logits(params, adapters=None):
     variables = {"params": params} if adapters is None else {"params": params, "lora": adapters}
-    return qwen3.logits(MODEL, params, qwen3.Qwen3(MODEL).apply(variables, TOKENS, POSITIONS))
+    hidden, _ = Qwen3(MODEL).apply(variables, TOKENS, POSITIONS, Packed(np.ones_like(TOKENS)))
+    return full_logits(MODEL, params, hidden)
 
 
 @pytest.mark.parametrize("targets", [ALL.targets, ("query", "output", "down")], ids=lambda t: "+".join(t))

@@ -3,7 +3,8 @@
     python tools/convert_qwen3.py to-orbax Qwen/Qwen3-0.6B runs/qwen3      a folder or a name on the Hugging Face hub
     python tools/convert_qwen3.py to-hf runs/mine exported                 for PyTorch; the last step unless --step says
 
-Memory stays at a piece of one parameter, whatever the model's size. Nothing appears at the destination until it is whole.
+Memory stays at a piece of one parameter, whatever the model's size. Nothing appears at the destination until it is
+whole.
 """
 
 import argparse
@@ -42,7 +43,8 @@ def main() -> None:
                 "--vocab-rows",
                 type=int,
                 default=0,
-                help="rows of the tables, if not as in the source (151680 lets a tensor axis of 8 divide the 151671 of the released ReFusion)",
+                help="rows of the tables, if not as in the source (151680 lets a tensor axis of 8 divide the 151671 of "
+                "the released ReFusion)",
             )
         else:
             command.add_argument("--step", type=int, default=None, help="of the checkpoint; the last unless given")

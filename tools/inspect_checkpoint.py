@@ -62,6 +62,8 @@ def inspect_orbax(folder: pathlib.Path, step: int | None, whole_config: bool) ->
     adapted = load.adapters_of(meta)
     holds = "a whole model" if adapted is None else f"adapters of rank {adapted[0].rank} on {adapted[1]}"
     print(f"format {meta['format']}, holds {holds}; tokenizer {meta['tokenizer'] or 'none'}")
+    if meta.get("rows"):
+        print("rows      " + ", ".join(f"{name} {value}" for name, value in meta["rows"].items()))
     print("model     " + ", ".join(f"{name} {value}" for name, value in meta["model"].items()))
     print("versions  " + ", ".join(f"{name} {value}" for name, value in meta["versions"].items()))
     for item in sorted(p for p in path.iterdir() if p.is_dir()):

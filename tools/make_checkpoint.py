@@ -21,7 +21,7 @@ from refusion_jax.model.config import ModelConfig, qwen3, to_huggingface
 def write(
     folder: pathlib.Path, config: ModelConfig, dtype: np.dtype, seed: int = 0, shard_bytes: int = 4_000_000_000
 ) -> None:
-    """Fills an existing folder with random weights (norms around 1, the rest with standard deviation 0.02), piece by piece."""
+    """Fills a folder with random weights, piece by piece: norms around 1, the rest with standard deviation 0.02."""
     tensors = huggingface.in_file_order(config)
     writer = safetensors.Writer(folder, [(name, dtype, p.tensor_shape) for name, p in tensors], shard_bytes)
     rng = np.random.default_rng(seed)

@@ -15,14 +15,11 @@ import pathlib
 import shutil
 import time
 from collections.abc import Callable, Iterator
-from typing import Any, Protocol
+from typing import Any
 
-import jax
 import ml_dtypes
 import numpy as np
-from flax import traverse_util
 
-from refusion_jax import lora
 from refusion_jax.checkpoint import huggingface, load, orbax, safetensors, stream
 from refusion_jax.config import LoraConfig
 from refusion_jax.data.tokenizers import load_tokenizer
@@ -33,17 +30,6 @@ from refusion_jax.model.config import ModelConfig
 DTYPES = {"float32": np.dtype(np.float32), "bfloat16": np.dtype(ml_dtypes.bfloat16), "float16": np.dtype(np.float16)}
 TABLES = ("embed/embedding", "head/embedding")
 Say = Callable[[str], None]
-
-
-class Reader(Protocol):
-    """Parameters read slice by slice: huggingface.Weights, stream.StoredParams, or adapters over one of them."""
-
-    def dtype(self, path: str) -> np.dtype: ...
-
-    def step(self, path: str) -> int:
-        """Entries of the first axis that are best read together."""
-
-    def read(self, path: str, index: tuple[slice, ...]) -> np.ndarray: ...
 
 
 @contextlib.contextmanager
@@ -135,7 +121,7 @@ class _Progress:
 class _Tables:
     """The source's embedding tables with another number of rows, and with new rows for the new tokens.
 
-    Rows that are added, and with `replace` the rows of the begin and mask token, are the mean of the other tokens' rows.
+    Rows that are added, and the rows of `new_tokens`, are the mean of the other tokens' rows.
     """
 
     def __init__(self, weights: huggingface.Weights, rows: int, new_tokens: set[int], logical: int):
@@ -254,7 +240,7 @@ def _folder_bytes(folder: pathlib.Path) -> int:
 class MergedParams:
     """Parameters of a base model with adapters added: base + alpha / rank * a b, in float32."""
 
-    def __init__(self, base: Reader, adapters: stream.StoredParams, settings: LoraConfig):
+    def __init__(self, base: stream.Reader, adapters: stream.Reader, settings: LoraConfig):
         self._base, self._adapters, self._lora = base, adapters, settings
 
     def _adapted(self, path: str) -> bool:
@@ -278,25 +264,17 @@ class MergedParams:
         return value
 
 
-def open_checkpoint(source: str | pathlib.Path, step: int | None) -> tuple[ModelConfig, Reader]:
+def open_checkpoint(source: str | pathlib.Path, step: int | None) -> tuple[ModelConfig, stream.Reader]:
     """Config and parameters of a checkpoint of either kind; adapters come merged into their base."""
     folder = load.locate(source)
-    if not load.is_orbax(folder):
-        return load.load_model_config(folder), huggingface.Weights(folder)
-    meta = orbax.read_meta(folder, step)
-    config = ModelConfig(**meta["model"])
-    stored = orbax.checkpoint_path(folder, step) / "params"
-    adapted = load.adapters_of(meta)
+    config, (reader, _) = load.load_model_config(folder, step), load.stored(folder, step)
+    adapted = load.adapted(folder, step) if load.is_orbax(folder) else None
     if adapted is None:
-        return config, stream.StoredParams(
-            stored, {path: p.shape for path, p in huggingface.parameters(config).items()}
-        )
+        return config, reader
     settings, base = adapted
-    base_config, reader = open_checkpoint(base, None)
+    base_config, base_reader = open_checkpoint(base.source, base.step)
     load.check_architecture(base_config, config, base)
-    adapters = jax.eval_shape(lambda key: lora.init(key, config, settings), jax.random.key(0))
-    shapes = {path: a.shape for path, a in traverse_util.flatten_dict(adapters, sep="/").items()}
-    return config, MergedParams(reader, stream.StoredParams(stored, shapes), settings)
+    return config, MergedParams(base_reader, reader, settings)
 
 
 def to_huggingface(

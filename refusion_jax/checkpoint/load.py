@@ -5,14 +5,20 @@ Hugging Face hub. Parameters go straight to their place on the mesh: each proces
 """
 
 import dataclasses
+import hashlib
+import math
 import pathlib
 from typing import Any
 
 import jax
+import numpy as np
+from flax import traverse_util
 from jax.sharding import Mesh
 
 from refusion_jax import lora
-from refusion_jax.checkpoint import huggingface, orbax
+from refusion_jax.checkpoint import huggingface, orbax, stream
+from refusion_jax.checkpoint.orbax import Base, say
+from refusion_jax.checkpoint.stream import Reader
 from refusion_jax.config import LoraConfig
 from refusion_jax.data.tokenizers import BYTES_FILE, Tokenizer, load_tokenizer
 from refusion_jax.errors import UserError
@@ -20,6 +26,7 @@ from refusion_jax.model.config import ModelConfig, from_huggingface
 from refusion_jax.parallel import sharding
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "vocab.json", BYTES_FILE)
+_SMALL = 1 << 20  # bytes; norms of all layers, for example
 
 
 def is_orbax(folder: pathlib.Path) -> bool:
@@ -128,13 +135,117 @@ def check_architecture(found: ModelConfig, wanted: ModelConfig, source: Any) -> 
         )
 
 
-def adapters_of(meta: dict[str, Any]) -> tuple[LoraConfig, str] | None:
-    """(LoRA settings, source of the base) of a checkpoint that holds adapters only; None for a whole model."""
+def adapters_of(meta: dict[str, Any]) -> tuple[LoraConfig, Base] | None:
+    """(LoRA settings, base) of a checkpoint that holds adapters only; None for a whole model."""
     config = meta.get("config") or {}
     settings = config.get("lora") or {}
     if not settings.get("rank"):
         return None
-    return LoraConfig(**{**settings, "targets": tuple(settings["targets"])}), config["init_from"]
+    base = Base(**(meta.get("base") or {"source": config["init_from"]}))
+    return LoraConfig(**{**settings, "targets": tuple(settings["targets"])}), base
+
+
+def stored(folder: pathlib.Path, step: int | None) -> tuple[Reader, dict[str, tuple[int, ...]]]:
+    """What lies in a checkpoint of either kind, of one with adapters these alone: a reader, and shapes by path."""
+    if not is_orbax(folder):
+        weights = huggingface.Weights(folder)
+        return weights, {path: p.shape for path, p in weights.parameters.items()}
+    meta = orbax.read_meta(folder, step)
+    config, adapted = ModelConfig(**meta["model"]), adapters_of(meta)
+    if adapted is None:
+        shapes = {path: p.shape for path, p in huggingface.parameters(config).items()}
+    else:
+        adapters = jax.eval_shape(lambda key: lora.init(key, config, adapted[0]), jax.random.key(0))
+        shapes = {path: a.shape for path, a in traverse_util.flatten_dict(adapters, sep="/").items()}
+    return stream.StoredParams(orbax.checkpoint_path(folder, step) / "params", shapes), shapes
+
+
+def fingerprint(source: str | pathlib.Path, step: int | None = None) -> str:
+    """Of the weights in a checkpoint: a hash of every small parameter, and of the first and last entries of large ones.
+
+    A copy has the same one, in the other layout too. Of adapters it covers the fingerprint of their base.
+
+    Raises:
+      UserError: no checkpoint, or a damaged one.
+    """
+    folder, digest = locate(source), hashlib.blake2b(digest_size=16)
+    adapted = adapters_of(orbax.read_meta(folder, step)) if is_orbax(folder) else None
+    if adapted:
+        digest.update(adapted[1].fingerprint.encode())
+    reader, shapes = stored(folder, step)
+    for path, shape in sorted(shapes.items()):
+        size, last = math.prod(shape) * reader.dtype(path).itemsize, shape[0] - 1
+        for part in (slice(0, 1), slice(last, last + 1)) if size > _SMALL else (slice(0, last + 1),):
+            value = reader.read(path, (part, *[slice(None)] * (len(shape) - 1)))
+            digest.update(f"{path} {part} {value.dtype} {value.shape}".encode())
+            digest.update(np.ascontiguousarray(value).tobytes())
+    return digest.hexdigest()
+
+
+def base_of(source: str, last: dict[str, Any] | None) -> Base:
+    """What a run with adapters trains on: what it began with, or for a new run the latest step of `source`.
+
+    Args:
+      source: `init_from` of the run, which may have moved.
+      last: metadata of the run's latest checkpoint; None for a new run.
+
+    Raises:
+      UserError: the run began on weights that are gone or others now.
+    """
+    if last and last.get("base"):
+        base = dataclasses.replace(Base(**last["base"]), source=source)
+        check_base(base)
+        return base
+    if last:
+        say(f"the run does not say on which step of {source} it was begun; the latest is taken")
+    folder = locate(source)
+    step = orbax.steps_in(folder)[-1] if orbax.steps_in(folder) else None
+    return Base(source, step, fingerprint(source, step))
+
+
+def check_base(base: Base) -> None:
+    """Raises a UserError if the weights that adapters were trained on are gone or others now."""
+    if not base.fingerprint:
+        say(f"the adapters do not say on which weights of {base.source} they were trained; the latest are taken")
+        return
+    reason = "its weights are others now"
+    try:
+        if fingerprint(base.source, base.step) == base.fingerprint:
+            return
+    except UserError as error:
+        reason = str(error)
+    raise UserError(
+        f"Adapters were trained on {base}, and mean nothing on other weights, but {reason.rstrip('.')}. Put the base "
+        "back as it was. (A base that is to be trained on is copied or converted first.)"
+    )
+
+
+def adapted(folder: pathlib.Path, step: int | None) -> tuple[LoraConfig, Base] | None:
+    """`adapters_of` a checkpoint, with the base checked.
+
+    Raises:
+      UserError: the base is gone or has changed, or the checkpoint is, through its bases, a base of itself.
+    """
+    found = adapters_of(orbax.read_meta(folder, step))
+    if found:
+        _check_no_circle(folder, step)
+        check_base(found[1])
+    return found
+
+
+def _check_no_circle(folder: pathlib.Path, step: int | None) -> None:
+    places: list[str] = []
+    while is_orbax(folder):
+        places.append(str(orbax.checkpoint_path(folder, step).resolve()))
+        if places[-1] in places[:-1]:
+            raise UserError(
+                f"The adapters in {places[0]} have no base to stand on: following bases leads in a circle, "
+                f"{' -> '.join(places)}. Give the whole model that they were trained on its place back."
+            )
+        found = adapters_of(orbax.read_meta(folder, step))
+        if found is None:
+            return
+        folder, step = locate(found[1].source), found[1].step
 
 
 def load_params(
@@ -153,20 +264,22 @@ def load_params(
       step: of a checkpoint folder; None: the last.
 
     Raises:
-      UserError: no checkpoint, another architecture, or damaged files.
+      UserError: no checkpoint, another architecture, damaged files, or a base that is not the one of the adapters.
     """
     folder = locate(source)
     if not is_orbax(folder):
         weights = huggingface.Weights(folder)
         check_architecture(weights.config, config, source)
         return huggingface.load_params(weights, config, mesh, rules, dtype)
-    meta = orbax.read_meta(folder, step)
-    check_architecture(ModelConfig(**meta["model"]), config, source)
-    adapted = adapters_of(meta)
-    if adapted is None:
+    check_architecture(ModelConfig(**orbax.read_meta(folder, step)["model"]), config, source)
+    found = adapted(folder, step)
+    if found is None:
         return orbax.restore_params(folder, config, mesh, rules, dtype=dtype, step=step)
-    settings, base = adapted
-    params = load_params(base, config, mesh, rules, settings.base_dtype)
+    settings, base = found
+    params = load_params(base.source, config, mesh, rules, settings.base_dtype, base.step)
     adapters = orbax.restore_adapters(folder, config, settings, mesh, step)
-    merge = lambda params, adapters: jax.tree.map(lambda x: x.astype(dtype), lora.merge(params, adapters, settings))
-    return jax.jit(merge, out_shardings=sharding.param_shardings(config, mesh, rules))(params, adapters)
+
+    def merged(params: dict, adapters: dict) -> dict:
+        return jax.tree.map(lambda x: x.astype(dtype), lora.merge(params, adapters, settings))
+
+    return jax.jit(merged, out_shardings=sharding.param_shardings(config, mesh, rules))(params, adapters)

@@ -3,7 +3,7 @@
 DIR/checkpoints/<step>/params      parameters (of the model, or of the adapters on a frozen base)
 DIR/checkpoints/<step>/optimizer   optimizer state and step; absent in converted weights
 DIR/checkpoints/<step>/data        {"next_row": number of the next row}
-DIR/checkpoints/<step>/meta        {"format", "model", "config", "step", "versions", "tokenizer"}
+DIR/checkpoints/<step>/meta        {"format", "model", "config", "step", "versions", "tokenizer", "rows", "base"}
 DIR/tokenizer/                     the tokenizer
 """
 
@@ -22,19 +22,52 @@ from jax.sharding import Mesh
 from orbax.checkpoint import checkpoint_managers
 
 from refusion_jax import __version__, lora
-from refusion_jax.checkpoint import stream
+from refusion_jax.checkpoint import resume, stream
 from refusion_jax.config import LoraConfig
 from refusion_jax.errors import UserError
 from refusion_jax.model.config import ModelConfig
 from refusion_jax.parallel import sharding
+from refusion_jax.settings import build
 from refusion_jax.step import TrainState
 
 FORMAT = 1
 _LIBRARIES = ("jax", "flax", "optax", "orbax-checkpoint", "grain")
 
 
-def make_meta(model: ModelConfig, *, step: int, tokenizer: str, config: dict | None = None) -> dict:
-    """The metadata of a checkpoint; `config` is the run's, None for converted weights."""
+@dataclasses.dataclass(frozen=True)
+class Base:
+    """What adapters were trained on.
+
+    Attributes:
+      source: folder or name of the base.
+      step: of a checkpoint folder; None: Hugging Face layout, or a checkpoint from before steps were written down.
+      fingerprint: of its weights (`load.fingerprint`); empty: from before they were written down.
+    """
+
+    source: str
+    step: int | None = None
+    fingerprint: str = ""
+
+    def __str__(self):
+        return self.source if self.step is None else f"step {self.step} of {self.source}"
+
+
+def make_meta(
+    model: ModelConfig,
+    *,
+    step: int,
+    tokenizer: str,
+    config: dict | None = None,
+    rows: dict | None = None,
+    base: Base | None = None,
+) -> dict:
+    """The metadata of a checkpoint, as JSON knows it.
+
+    Args:
+      config: the run's; None for converted weights.
+      rows: fingerprint of the rows that it is trained on (`pipeline.Rows`).
+      base: of adapters.
+    """
     versions = {"refusion_jax": __version__, **{name: importlib.metadata.version(name) for name in _LIBRARIES}}
     return {
         "format": FORMAT,
@@ -43,7 +76,15 @@ def make_meta(model: ModelConfig, *, step: int, tokenizer: str, config: dict | N
         "step": step,
         "versions": versions,
         "tokenizer": tokenizer,
+        "rows": rows,
+        "base": dataclasses.asdict(base) if base else None,
     }
+
+
+def say(text: str) -> None:
+    """A line on stderr, from the first process only."""
+    if jax.process_index() == 0:
+        print(text, file=sys.stderr, flush=True)
 
 
 def steps_in(folder: str | pathlib.Path) -> list[int]:
@@ -57,7 +98,7 @@ def steps_in(folder: str | pathlib.Path) -> list[int]:
 
 
 def check_folder_name(folder: str | pathlib.Path) -> None:
-    """Raises a UserError for a name that Orbax would take for a pattern, and then leave checkpoints there unfinished."""
+    """Raises a UserError for a name that Orbax would take for a pattern, and leave checkpoints unfinished there."""
     found = sorted(set("*?[") & set(str(pathlib.Path(folder).absolute())))
     if found:
         raise UserError(
@@ -86,7 +127,7 @@ def read_meta(folder: str | pathlib.Path, step: int | None = None) -> dict:
     """Metadata of a checkpoint (see `make_meta`).
 
     Raises:
-      UserError: no checkpoint, or not one of this project.
+      UserError: no checkpoint, not one of this project, or one with settings that this version does not know.
     """
     path = checkpoint_path(folder, step) / "meta" / "metadata"
     try:
@@ -96,9 +137,31 @@ def read_meta(folder: str | pathlib.Path, step: int | None = None) -> dict:
                 f"{path} has format {meta['format']}, this version reads {FORMAT}; use the version that wrote it "
                 f"({meta['versions']})."
             )
+        _check_known(meta, path)
         return meta
     except (OSError, json.JSONDecodeError, KeyError) as error:
         raise UserError(f"{path} is not the metadata of a checkpoint of this project ({error!r}).") from None
+
+
+def _check_known(meta: dict, path: pathlib.Path) -> None:
+    groups = {"model": (ModelConfig, meta["model"])}
+    if (meta["config"] or {}).get("lora"):
+        groups["config.lora"] = LoraConfig, meta["config"]["lora"]
+    if meta.get("base"):
+        groups["base"] = Base, meta["base"]
+    unknown = [
+        f"{group}.{name}"
+        for group, (kind, values) in groups.items()
+        for name in values
+        if name not in {field.name for field in dataclasses.fields(kind)}
+    ]
+    if unknown:
+        raise UserError(
+            f"{path} has settings that this version does not know: {', '.join(unknown)}. Use the version that wrote it "
+            f"({meta['versions']})."
+        )
+    for group, (kind, values) in groups.items():  # none missing, each of its type
+        build(kind, values, f"{path}: {group}")
 
 
 def restore_params(
@@ -146,11 +209,7 @@ def _restore(folder, abstract: dict, shardings: dict, dtype: Any, step: int | No
 
 def check_shapes(expected: dict, found: dict, where: str) -> None:
     """Raises one UserError that lists every parameter that is missing, unknown or of another shape."""
-    named = lambda tree: {
-        jax.tree_util.keystr(path, simple=True, separator="/"): tuple(x.shape)
-        for path, x in jax.tree_util.tree_leaves_with_path(tree)
-    }
-    expected, found = named(expected), named(found)
+    expected, found = _shapes(expected), _shapes(found)
     problems = [f"{name} is missing" for name in expected if name not in found]
     problems += [f"{name} is unknown" for name in found if name not in expected]
     problems += [
@@ -165,6 +224,18 @@ def check_shapes(expected: dict, found: dict, where: str) -> None:
         )
 
 
+def _shapes(tree: dict) -> dict[str, tuple[int, ...]]:
+    return {
+        jax.tree_util.keystr(path, simple=True, separator="/"): tuple(x.shape)
+        for path, x in jax.tree_util.tree_leaves_with_path(tree)
+    }
+
+
+def _loss(metrics: dict) -> float:
+    """What checkpoints are compared by: one that was not evaluated is worse than any that was."""
+    return math.inf if metrics["loss"] is None else metrics["loss"]
+
+
 class Checkpoints:
     """The checkpoints of a run: written in the background, whole or not at all, last and best ones kept."""
 
@@ -176,19 +247,16 @@ class Checkpoints:
         """
         check_folder_name(folder)
         self._folder = pathlib.Path(folder).absolute()
-        # A checkpoint that was not evaluated is worse than any that was. Orbax writes losses down, for the next start,
-        # only with a best_fn.
-        loss = lambda metrics: math.inf if metrics["loss"] is None else metrics["loss"]
         policies = [checkpoint_managers.LatestN(keep_last)]
         if keep_best:
             policies.append(
                 checkpoint_managers.BestN(
-                    get_metric_fn=loss, reverse=True, n=keep_best, keep_checkpoints_without_metrics=False
+                    get_metric_fn=_loss, reverse=True, n=keep_best, keep_checkpoints_without_metrics=False
                 )
             )
         options = ocp.CheckpointManagerOptions(
             preservation_policy=checkpoint_managers.AnyPreservationPolicy(policies),
-            best_fn=loss if keep_best else None,
+            best_fn=_loss if keep_best else None,  # with none Orbax writes no losses down for the next start
             best_mode="min",
             cleanup_tmp_directories=True,
             save_interval_steps=1,
@@ -207,11 +275,17 @@ class Checkpoints:
     def latest_step(self) -> int | None:
         return self._manager.latest_step()
 
+    def latest_meta(self) -> dict | None:
+        """Metadata of the latest checkpoint; None if there is none yet."""
+        step = self.latest_step()
+        return None if step is None else read_meta(self._folder, step)
+
     def save(self, state: TrainState, next_row: int, meta: dict, eval_loss: float | None = None) -> None:
         """Starts to save; returns as soon as the state has been copied off the devices.
 
         Raises:
-          UserError: this or an earlier save could not be written (disk full, no permission); earlier checkpoints stay whole.
+          UserError: this or an earlier save could not be written (disk full, no permission); earlier checkpoints stay
+            whole.
         """
         step = meta["step"]
         # In pieces of few layers, so that an export can read a large model a layer at a time.
@@ -267,16 +341,19 @@ class Checkpoints:
 
         Args:
           abstract_state: sharded jax.ShapeDtypeStructs; `frozen` is left empty.
-          meta: of this run: the checkpoint must be of the same model and adapters.
+          meta: of this run: the checkpoint must be of the same model and adapters, and of the same rows.
 
         Returns:
           The state, without the frozen base, and the number of the next row.
 
         Raises:
-          UserError: the checkpoint belongs to another model.
+          UserError: the checkpoint belongs to another model, or its rows were others and nobody allowed that.
         """
-        step = self.latest_step()
-        check_same_model(read_meta(self._folder, step), meta, self._folder)
+        step, found = self.latest_step(), self.latest_meta()
+        resume.check_same_model(found, meta, self._folder)
+        note = resume.check_same_rows(found, meta, self._folder)
+        if note:
+            say(note)
         restored = self._manager.restore(
             step,
             args=ocp.args.Composite(
@@ -287,22 +364,3 @@ class Checkpoints:
         )
         optimizer = restored["optimizer"]
         return TrainState(optimizer["step"], restored["params"], optimizer["state"], {}), restored["data"]["next_row"]
-
-
-def check_same_model(found: dict, wanted: dict, folder: pathlib.Path) -> None:
-    """Raises a UserError naming the settings in which a checkpoint's model differs from the run's."""
-    old, new = ModelConfig(**found["model"]).architecture(), ModelConfig(**wanted["model"]).architecture()
-    old["lora"], new["lora"] = (_lora(meta) for meta in (found, wanted))
-    differences = [
-        f"{name} is {old[name]} in the checkpoint and {new[name]} here" for name in old if old[name] != new[name]
-    ]
-    if differences:
-        raise UserError(
-            f"The checkpoint in {folder} is of another model: {'; '.join(differences)}. Use its config, or another "
-            "--workdir to start afresh."
-        )
-
-
-def _lora(meta: dict) -> Any:
-    settings = dict((meta["config"] or {}).get("lora") or {"rank": 0})
-    return {name: value for name, value in settings.items() if name != "base_dtype"} if settings["rank"] else "none"

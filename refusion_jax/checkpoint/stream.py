@@ -8,7 +8,7 @@ import dataclasses
 import math
 import pathlib
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import jax
 import numpy as np
@@ -43,6 +43,17 @@ def row_ranges(rows: int, step: int) -> Iterator[tuple[int, int]]:
     """(start, stop) of consecutive groups of `step` rows."""
     for start in range(0, rows, step):
         yield start, min(start + step, rows)
+
+
+class Reader(Protocol):
+    """Parameters read slice by slice: StoredParams, huggingface.Weights, or an adapter over one of them."""
+
+    def dtype(self, path: str) -> np.dtype: ...
+
+    def step(self, path: str) -> int:
+        """Entries of the first axis that are best read together."""
+
+    def read(self, path: str, index: tuple[slice, ...]) -> np.ndarray: ...
 
 
 @dataclasses.dataclass(frozen=True)

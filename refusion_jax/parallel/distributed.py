@@ -98,11 +98,14 @@ def describe(mesh: jax.sharding.Mesh, batch_size: int) -> None:
         _say(f"mesh {axes}; global batch {batch_size} rows, {shares}")
 
 
-def check_same_config(config_json: str) -> None:
-    """Makes sure that all processes run the same config.
+def check_same_config(
+    config_json: str, what: str = "config", remedy: str = "Start all of them with the same config file and flags"
+) -> None:
+    """Makes sure that all processes run the same config, or were told the same of something else.
 
     Args:
       config_json: the whole config as a JSON object.
+      what, remedy: for the message.
 
     Raises:
       UserError: on every process, naming the first field that differs, its values and the processes.
@@ -118,8 +121,8 @@ def check_same_config(config_json: str) -> None:
             ours, theirs = configs[0].get(field, "nothing"), config.get(field, "nothing")
             if ours != theirs:
                 raise UserError(
-                    f"the processes disagree on the config: {field} is {ours} on process 0 but {theirs} on process "
-                    f"{index}. Start all of them with the same config file and flags."
+                    f"the processes disagree on the {what}: {field} is {ours} on process 0 but {theirs} on process "
+                    f"{index}. {remedy}."
                 )
 
 
