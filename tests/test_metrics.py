@@ -72,7 +72,8 @@ def test_operations_are_counted_over_every_matrix(size):
     matrices = sum(leaf.size for path, leaf in leaves if "norm" not in jax.tree_util.keystr(path))
     head = config.vocab_size * config.hidden_size
     assert flops.matmul_params(config) == (matrices if config.tie_embeddings else matrices - head)
-    # One example of n tokens: 6 N n for the matrices, and per layer two products of [n, n, heads * head_dim], causal half, three times.
+    # One example of n tokens: 6 N n for the matrices, and per layer two products of [n, n, heads * head_dim], causal
+    # half, three times.
     n, width = 4096, config.num_heads * config.head_dim
     attention = 3 * 2 * (2 * n * n * width / 2) * config.num_layers
     assert flops.train_flops(config, n, n * (n + 1) / 2) == pytest.approx(
