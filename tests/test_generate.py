@@ -129,18 +129,12 @@ def test_file_keeps_order_and_fields(checkpoint, answers, tmp_path, capsys):
 
 def test_resumed_file_equals_an_uninterrupted_one(loaded, checkpoint, tmp_path):
     write_lines(tmp_path / "in.jsonl", [{"prompt": q} for q in QUERIES])
-    out, arguments = (
-        tmp_path / "out.jsonl",
-        ["--prompts", tmp_path / "in.jsonl", "--out", tmp_path / "out.jsonl", "--temperature", "1"],
-    )
+    out = tmp_path / "out.jsonl"
+    arguments = ["--prompts", tmp_path / "in.jsonl", "--out", out, "--temperature", "1"]
     run(checkpoint, *arguments)
     whole = out.read_bytes()
-    for kept in (
-        0,
-        len(whole) // 2,
-        len(whole) - 1,
-        len(whole),
-    ):  # in the middle of a line; at the end of one without its newline
+    # Nothing, in the middle of a line, at the end of one without its newline, everything.
+    for kept in (0, len(whole) // 2, len(whole) - 1, len(whole)):
         out.write_bytes(whole[:kept])
         run(checkpoint, *arguments, "--resume")
         assert out.read_bytes() == whole
@@ -185,6 +179,8 @@ def test_bad_lines_are_named_and_can_be_skipped(loaded, checkpoint, answers, tmp
         (["--prompt", "x", "--step", "9"], "no checkpoint of step 9"),
         (["--prompt", ""], "Prompt 0 is empty"),
         (["--prompt", "x", "--slot-threshold", "1.5"], "slot_threshold is 1.5"),
+        (["--prompt", "x", "--temperature", "inf"], "temperature is inf"),
+        (["--prompt", "x", "--temperature", "nan"], "temperature is nan"),
         (["--prompt", "x", "--blocks", "3"], "blocks"),
         (["--prompt", "x", "--gen-length", "128"], "more than the model's 128"),
         (["--prompts", "absent.jsonl", "--out", "out.jsonl"], "Cannot read absent.jsonl"),
@@ -197,7 +193,6 @@ def test_bad_arguments_are_named(checkpoint, arguments, message):
 
 
 def test_order_is_shown_in_colours_or_numbers(loaded, checkpoint, decoder, answers, capsys, monkeypatch):
-    plain = lambda text: re.sub(r"\033\[[0-9;]*m|\[\d+\]", "", text)
     answer = answers[1]
     shown = {}
     for color in ("always", "never", "auto"):  # auto: this is no terminal
@@ -205,7 +200,8 @@ def test_order_is_shown_in_colours_or_numbers(loaded, checkpoint, decoder, answe
         shown[color] = capsys.readouterr().out
     assert "\033[" in shown["always"] and "\033[" not in shown["never"] and shown["auto"] == shown["never"]
     for text in shown.values():
-        assert answer.text in plain(text) and "committed in round" in text
+        unmarked = re.sub(r"\033\[[0-9;]*m|\[\d+\]", "", text)
+        assert answer.text in unmarked and "committed in round" in text
 
     # Each token carries the number of its own round.
     found = display.spans(decoder.tokenizer, answer.generation, decoder.model.eos_token_id)
@@ -244,7 +240,7 @@ def test_unfinished_answer_shows_open_positions_up_to_the_first_end():
 
 
 def test_live_text_is_replaced_in_place_and_fits_the_terminal(monkeypatch):
-    """On a terminal of 5 lines: what is shown and cleared again leaves nothing, and never reaches above the first line."""
+    """On a terminal of 5 lines: what is cleared leaves nothing, and no text reaches above the first line."""
     monkeypatch.setattr(display.shutil, "get_terminal_size", lambda: (10, 5))
     stream = io.StringIO()
     live = display.Live(stream)
@@ -274,21 +270,11 @@ def test_visualisation_has_a_frame_per_forward(loaded, tools, checkpoint, decode
     with Image.open(out) as picture, Image.open(out.with_suffix(".gif")) as animation:
         picture.load()
         assert picture.format == "PNG" and animation.n_frames == answer.forwards
-        assert (
-            len(
-                set(
-                    picture.convert("RGB").get_flattened_data()
-                    if hasattr(picture, "get_flattened_data")
-                    else picture.convert("RGB").getdata()
-                )
-            )
-            > 10
-        )
+        assert len(picture.convert("RGB").getcolors(maxcolors=1 << 24)) > 10
 
     cells = visualize_decode.cells_of(decoder, answer)
-    assert [cell.round for cell in cells] == [
-        dict(zip(answer.order, answer.rounds)).get(p) for p in range(max(answer.order) + 1)
-    ]
+    round_of = dict(zip(answer.order, answer.rounds))
+    assert [cell.round for cell in cells] == [round_of.get(p) for p in range(max(answer.order) + 1)]
     assert sum(not cell.cut for cell in cells) == len(answer.tokens)
     painter = visualize_decode.Painter(cells, SamplerConfig(gen_length=16, slot_size=4, blocks=1))
     placed = [place for band in painter.bands for place in band]

@@ -202,7 +202,9 @@ case "$*" in
   "-m venv"*) mkdir -p "$3/bin"; cp "$0" "$3/bin/python"; echo "PATH=$3/bin:\\$PATH" > "$3/bin/activate" ;;
   "-m pip"*) echo "$@" >> "$CALLS" ;;
   "-c import socket"*) echo 4242 ;;
-  *) echo "${JAX_NUM_CPU_DEVICES:-} ${JAX_COORDINATOR_ADDRESS:-} ${JAX_NUM_PROCESSES:-} ${JAX_PROCESS_ID:-} $*" >> "$CALLS"
+  *) place="${JAX_COORDINATOR_ADDRESS:-} ${JAX_NUM_PROCESSES:-} ${JAX_PROCESS_ID:-}"
+    echo "${JAX_NUM_CPU_DEVICES:-} $place $*" >> "$CALLS"
+    if [ "${HANGING:-nobody}" = "${JAX_PROCESS_ID:-}" ]; then exec sleep 1000; fi
     if [ -n "${UNTIL_STOPPED:-}" ]; then trap 'echo stopped >> "$CALLS"; exit 0' TERM; while :; do sleep 0.05; done; fi
     exit ${JAX_PROCESS_ID:-0} ;;
 esac
@@ -264,6 +266,23 @@ def test_local_processes_get_their_number_and_the_first_failure_is_the_result(cl
     calls.unlink()
     assert bash(clone / "launch/local_cpu.sh", *TRAIN, **environ).returncode == 0
     assert calls.read_text().splitlines() == [f"8    {train}"]
+
+
+def test_local_process_that_fails_ends_one_that_waits_for_it_and_is_named(clone, tmp_path):
+    environ = {"REFUSION_PYTHON": str(tmp_path / "python"), "CALLS": str(tmp_path / "calls"), "HANGING": "0"}
+    done = bash(clone / "launch/local_cpu.sh", "--processes", "2", *TRAIN, **environ)
+    assert done.returncode == 1
+    assert "process 1 of 2 ended with status 1; the others are ended too" in done.stderr
+
+
+def test_slurm_and_kubernetes_end_all_processes_when_one_fails():
+    assert "\nsrun --kill-on-bad-exit=1 " in dry_run(STARTS["slurm"][0], TRAIN)
+    for case in ("gke tpu, 2 slices", "gke gpu"):
+        jobs = yaml.safe_load(dry_run(STARTS[case][0], TRAIN))["spec"]
+        assert jobs["failurePolicy"]["maxRestarts"] > 0  # a Job that fails restarts the whole set
+        job = jobs["replicatedJobs"][0]["template"]["spec"]
+        assert job["backoffLimit"] == 0  # a worker that fails fails its Job
+        assert job["template"]["spec"]["restartPolicy"] == "Never"
 
 
 def test_signal_to_the_local_script_stops_every_process(clone, tmp_path):

@@ -2,8 +2,8 @@
 
     python tools/evaluate_tasks.py --checkpoint runs/tiny [--examples 100] [--json tasks.json]
 
-The examples are those of the run's config.data.evaluation, which it was not trained on. Procedural tasks are scored by the
-task itself; of other sources the text after the last "####", or the whole text, must be equal.
+The examples are those of the run's config.data.evaluation, which it was not trained on. Procedural tasks are scored by
+the task itself; of other sources the text after the last "####", or the whole text, must be equal.
 """
 
 import argparse
@@ -67,6 +67,22 @@ def solve(
     }
 
 
+def table(results: Sequence[dict[str, Any]]) -> str:
+    """The figures as a Markdown table, a row for each task and method."""
+    columns = {
+        "task": "{task}",
+        "method": "{method}",
+        "examples": "{examples}",
+        "exact match": "{exact_match:.1%}",
+        "tokens": "{tokens}",
+        "forwards": "{forwards}",
+        "tokens per forward": "{tokens_per_forward:.2f}",
+        "seconds": "{seconds:.1f}",
+    }
+    rows = [columns, ["---"] * len(columns), *([text.format(**r) for text in columns.values()] for r in results)]
+    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_model_arguments(parser)
@@ -100,17 +116,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             config = settings_of(arguments, decoder, method=method, gen_length=arguments.gen_length or longest)
             results.append(solve(decoder, config, source, chosen, batch_size=arguments.batch_size, seed=arguments.seed))
 
-    print(
-        "| task | method | examples | exact match | tokens | forwards | tokens per forward | seconds "
-        "|\n|---|---|---|---|---|---|---|---|"
-    )
-    for r in results:
-        print(
-            "| {task} | {method} | {examples} | {exact_match:.1%} | {tokens} | {forwards} | {tokens_per_forward:.2f} | {seconds:.1f} |".format(
-                **r
-            )
-        )
-    print("(seconds with compilation)")
+    print(table(results) + "\n(seconds with compilation)")
     if arguments.json:
         try:
             arguments.json.parent.mkdir(parents=True, exist_ok=True)

@@ -3,6 +3,8 @@
 import argparse
 import json
 import pathlib
+from collections.abc import Sequence
+from typing import Any
 
 from refusion_jax.errors import UserError, run_main
 
@@ -26,6 +28,22 @@ def read(workdir: pathlib.Path) -> dict[str, list[dict]]:
     return records
 
 
+def draw(axes: Sequence[Any], name: str, color: str, records: dict[str, list[dict]]) -> None:
+    """One run: the two losses in training (pale) and on held-out data, and the held-out accuracies."""
+    train, held_out = records["train"], records["evaluation"]
+    for axis, loss in zip(axes, ("ar_loss", "mdm_loss")):
+        curve(axis, train, loss, label=f"{name} train", color=color, alpha=0.35)
+        curve(axis, held_out, loss, label=f"{name} held out", color=color, marker=".")
+        axis.set_yscale("log")
+    for term, style in (("ar", "-"), ("mdm", "--")):
+        label = f"{name} {term}"
+        curve(axes[2], held_out, f"{term}_accuracy", label=label, color=color, marker=".", linestyle=style)
+
+
+def curve(axis: Any, records: Sequence[dict], name: str, **style: Any) -> None:
+    axis.plot([r["step"] for r in records], [r[name] for r in records], **style)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("workdirs", nargs="+", type=pathlib.Path)
@@ -39,46 +57,13 @@ def main() -> None:
     except ImportError:
         raise UserError("Plots need matplotlib; install it with: pip install 'refusion_jax[demo]'.") from None
 
-    panels = (
-        ("ar_loss", "autoregressive loss"),
-        ("mdm_loss", "denoising loss"),
-        ("accuracy", "held-out token accuracy"),
-    )
-    figure, axes = plt.subplots(1, len(panels), figsize=(15, 4.2), layout="constrained")
+    titles = ("autoregressive loss", "denoising loss", "held-out token accuracy")
+    figure, axes = plt.subplots(1, len(titles), figsize=(15, 4.2), layout="constrained")
     for index, workdir in enumerate(arguments.workdirs):
-        records, color = read(workdir), f"C{index}"
-        for axis, (name, title) in zip(axes, panels):
-            axis.set(title=title, xlabel="step")
-            axis.grid(alpha=0.3)
-            held_out = records["evaluation"]
-            if name == "accuracy":
-                for term, style in (("ar", "-"), ("mdm", "--")):
-                    axis.plot(
-                        [r["step"] for r in held_out],
-                        [r[f"{term}_accuracy"] for r in held_out],
-                        style,
-                        color=color,
-                        marker=".",
-                        label=f"{workdir.name} {term}",
-                    )
-                continue
-            train = records["train"]
-            axis.plot(
-                [r["step"] for r in train],
-                [r[name] for r in train],
-                color=color,
-                alpha=0.35,
-                label=f"{workdir.name} train",
-            )
-            axis.plot(
-                [r["step"] for r in held_out],
-                [r[name] for r in held_out],
-                color=color,
-                marker=".",
-                label=f"{workdir.name} held out",
-            )
-            axis.set_yscale("log")
-    for axis in axes:
+        draw(axes, workdir.name, f"C{index}", read(workdir))
+    for axis, title in zip(axes, titles):
+        axis.set(title=title, xlabel="step")
+        axis.grid(alpha=0.3)
         axis.legend(fontsize=8)
     try:
         arguments.out.parent.mkdir(parents=True, exist_ok=True)

@@ -1,10 +1,10 @@
-"""Draws how an answer was decoded: a picture (position across, round down) and an animation of the answer being filled in.
+"""Draws how an answer was decoded: a picture (position across, round down), and an animation in which it is filled in.
 
     python tools/visualize_decode.py --checkpoint runs/tiny --out decode.png
     python tools/visualize_decode.py --checkpoint runs/tiny --prompt "..." --out decode.png --slot-size 4
 
-The animation lies beside the picture (decode.gif), one frame per forward pass. Without --prompt: of the run's first 8 held-out examples
-the one that takes most rounds.
+The animation lies beside the picture (decode.gif), one frame per forward pass. Without --prompt: of the run's first 8
+held-out examples the one that takes most rounds.
 """
 
 import argparse
@@ -96,7 +96,7 @@ class Painter:
         self.bands = self._place(sampler)
 
     def _place(self, sampler: SamplerConfig) -> list[list[tuple[int, int, int]]]:
-        """(position, left, right) of every cell, in lines that are not wider than the picture; slots that fit on a line are not split."""
+        """(position, left, right) of every cell, by lines no wider than the picture; a slot stays whole if it fits."""
         autoregressive = sampler.method == "autoregressive"
         k = 10 if autoregressive else sampler.slot_size
         block = 0 if autoregressive else sampler.slots // sampler.blocks * k
@@ -139,7 +139,7 @@ class Painter:
     def line(
         self, draw: Any, band: Sequence[tuple[int, int, int]], y: int, filled: set[int], accent: int | None = None
     ) -> None:
-        """The cells of a band with the `filled` positions; only those of round `accent` in full colour, unless it is None."""
+        """The cells of a band with the `filled` positions; only round `accent` in full colour, unless it is None."""
         for position, left, right in band:
             cell, box = self.cells[position], (left, y, right, y + CELL)
             if position not in filled:
@@ -158,9 +158,12 @@ class Painter:
                 anchor="mm",
             )
 
+    def upto(self, round_: int) -> set[int]:
+        """Positions that are committed after a round."""
+        return {p for p, cell in enumerate(self.cells) if cell.round is not None and cell.round <= round_}
+
     def picture(self, title: str, subtitle: str) -> Any:
         """Position across, round down; the last line of a band shows all rounds."""
-        upto = lambda r: {p for p, cell in enumerate(self.cells) if cell.round is not None and cell.round <= r}
         shown = [sorted({self.cells[p].round for p, *_ in band} - {None}) for band in self.bands]
         row = CELL + 12
         height = 130 + sum(40 + row * len(rounds) + 24 + row + 50 for rounds in shown)
@@ -173,11 +176,12 @@ class Painter:
             y += 40
             for r in rounds:
                 draw.text((MARGIN, y + CELL / 2), f"round {r + 1}", font=self.small, fill=INK, anchor="lm")
-                self.line(draw, band, y, upto(r), r)
+                filled, before = self.upto(r), self.upto(r - 1)
+                self.line(draw, band, y, filled, r)
                 if len(self.bands) == 1:
                     draw.text(
                         (band[-1][2] + 16, y + CELL / 2),
-                        f"+{len(upto(r) - upto(r - 1))}",
+                        f"+{len(filled - before)}",
                         font=self.small,
                         fill=shade(r, self.rounds),
                         anchor="lm",
@@ -185,7 +189,7 @@ class Painter:
                 y += row
             y += 24
             draw.text((MARGIN, y + CELL / 2), "answer", font=self.small, fill=INK, anchor="lm")
-            self.line(draw, band, y, upto(self.rounds))
+            self.line(draw, band, y, self.upto(self.rounds))
             y += row + 50
         if any(cell.cut for cell in self.cells):
             draw.text(
@@ -212,7 +216,8 @@ class Painter:
         return image
 
 
-def main(argv: Sequence[str] | None = None) -> None:
+def arguments_of(argv: Sequence[str] | None) -> argparse.Namespace:
+    """The command line, parsed."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_model_arguments(parser)
     parser.add_argument("--prompt", help="default: a held-out example of the run")
@@ -221,54 +226,73 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="of sampling; default 0")
     add_sampler_arguments(parser)
     arguments = parser.parse_args(argv)
-    compilation.keep_programs()
-    logging.set_verbosity(logging.ERROR)
     if arguments.out.suffix != ".png":
         raise UserError(
             f"--out is {arguments.out}; give a name that ends in .png (the animation goes beside it as .gif)."
         )
+    return arguments
+
+
+def most_rounds(
+    decoder: Decoder, config: SamplerConfig, prompts: Sequence[str], seed: int
+) -> tuple[str, list[Generation]]:
+    """The prompt whose answer takes most rounds, and what there was of the answer after each forward."""
+    steps = [[] for _ in prompts]
+    for answer in decoder.stream(prompts, config, batch_size=1, seed=seed, every=1):
+        steps[answer.generation.index].append(answer.generation)
+    chosen = max(steps, key=lambda steps: (len(set(steps[-1].rounds)), len(steps[-1].tokens)))
+    return prompts[chosen[-1].index], chosen
+
+
+def count(number: int, what: str) -> str:
+    return f"{number} {what}" + "s" * (number != 1)
+
+
+def animate(
+    painter: Painter, title: str, steps: Sequence[Generation], summary: str, milliseconds: int, out: pathlib.Path
+) -> None:
+    """Writes the animation: nothing yet, what there is after each forward, and for three seconds the answer."""
+
+    def frame(subtitle: str, order: Sequence[int]) -> Any:
+        """In half size and few colours: an answer of many rounds has hundreds of frames."""
+        image = painter.frame(title, subtitle, set(order))
+        return image.resize((image.width // 2, image.height // 2)).quantize(64)
+
+    shown = [(count(step.forwards, "forward"), step.order) for step in steps[:-1]] + [(summary, steps[-1].order)]
+    frame(count(1, "forward"), []).save(
+        out,
+        save_all=True,
+        append_images=itertools.starmap(frame, shown),
+        duration=[milliseconds] * len(shown) + [3000],
+        loop=0,
+    )
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    arguments = arguments_of(argv)
+    compilation.keep_programs()
+    logging.set_verbosity(logging.ERROR)
 
     decoder = decoder_of(arguments)
     config = settings_of(arguments, decoder)
-    if arguments.prompt is not None:
-        prompts = [arguments.prompt]
-    else:
+    prompts = [arguments.prompt]
+    if arguments.prompt is None:
         source = held_out(arguments.checkpoint, arguments.step)[0]
         prompts = [source[i][0] for i in itertools.islice(source.part(), 8)]
-    steps = [[] for _ in prompts]  # of each prompt, what there was after each forward
-    for answer in decoder.stream(prompts, config, batch_size=1, seed=arguments.seed, every=1):
-        steps[answer.generation.index].append(answer.generation)
-    steps = max(steps, key=lambda steps: (len(set(steps[-1].rounds)), len(steps[-1].tokens)))
-    final, prompt = steps[-1], prompts[steps[-1].index]
+    prompt, steps = most_rounds(decoder, config, prompts, arguments.seed)
 
+    final = steps[-1]
     painter = Painter(cells_of(decoder, final), config)
-    count = lambda n, what: f"{n} {what}" + "s" * (n != 1)
-    summary = f"{count(len(final.tokens), 'token')} in {count(painter.rounds, 'round')} and {count(final.forwards, 'forward')}: {final.tokens_per_forward:.2f} tokens per forward"
-    shown = [
-        (count(1, "forward"), []),
-        *((count(step.forwards, "forward"), step.order) for step in steps[:-1]),
-        (summary, final.order),
-    ]
-
-    def small(frame: tuple[str, list[int]]) -> Any:
-        """A frame in half size and few colours: an answer of many rounds has hundreds of them."""
-        image = painter.frame(prompt, frame[0], set(frame[1]))
-        return image.resize((image.width // 2, image.height // 2)).quantize(64)
-
+    counts = (count(len(final.tokens), "token"), count(painter.rounds, "round"), count(final.forwards, "forward"))
+    summary = "{} in {} and {}: {:.2f} tokens per forward".format(*counts, final.tokens_per_forward)
+    gif = arguments.out.with_suffix(".gif")
     try:
         arguments.out.parent.mkdir(parents=True, exist_ok=True)
         painter.picture(prompt, summary).save(arguments.out)
-        durations = [arguments.milliseconds] * (len(shown) - 1) + [3000]
-        small(shown[0]).save(
-            arguments.out.with_suffix(".gif"),
-            save_all=True,
-            append_images=map(small, shown[1:]),
-            duration=durations,
-            loop=0,
-        )
+        animate(painter, prompt, steps, summary, arguments.milliseconds, gif)
     except OSError as error:
         raise UserError(f"Cannot write {arguments.out}: {error.strerror or error}. Choose another --out.") from None
-    print(f"{summary}\nwrote {arguments.out} and {arguments.out.with_suffix('.gif')}")
+    print(f"{summary}\nwrote {arguments.out} and {gif}")
 
 
 if __name__ == "__main__":
