@@ -45,14 +45,22 @@ for ((process = 0; process < processes; process++)); do
     pids+=($!)
   fi
 done
-status=0
-for pid in "${pids[@]}"; do
-  # A trapped signal ends a wait early; wait again for the process's own exit status.
-  while true; do
+# The first that fails decides the result. The others would wait for it in vain: five seconds later they are killed.
+status=0 end=
+while [ "${#pids[@]}" -gt 0 ]; do
+  for process in "${!pids[@]}"; do
+    kill -0 "${pids[$process]}" 2>/dev/null && continue
     result=0
-    wait "$pid" || result=$?
-    [ "$result" -gt 128 ] && kill -0 "$pid" 2>/dev/null || break
+    wait "${pids[$process]}" || result=$?
+    unset "pids[$process]"
+    if [ "$result" != 0 ] && [ "$status" = 0 ]; then
+      echo "process $process of $processes ended with status $result; the others are ended too" >&2
+      status=$result end=$((SECONDS + 5))
+    fi
   done
-  [ "$result" = 0 ] || status=$result
+  if [ "$status" != 0 ] && [ "${#pids[@]}" -gt 0 ] && [ "$SECONDS" -ge "$end" ]; then
+    kill -KILL "${pids[@]}" 2>/dev/null || true
+  fi
+  sleep 0.1
 done
 exit "$status"
