@@ -7,13 +7,15 @@ import json
 import resource
 import shutil
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import traverse_util
 
 from refusion_jax import step as steps_lib
-from refusion_jax.checkpoint import orbax
+from refusion_jax.checkpoint import load, orbax, stream
 from refusion_jax.config import Config, DataConfig, LoraConfig
 from refusion_jax.errors import UserError
 from refusion_jax.model.config import ModelConfig
@@ -55,10 +57,6 @@ def meta(step, model=MODEL, config=None):
     return orbax.make_meta(model, step=step, tokenizer="bytes", config=config)
 
 
-def assert_equal(a, b):
-    jax.tree.map(np.testing.assert_array_equal, jax.device_get(a), jax.device_get(b))
-
-
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory):
     """A folder with checkpoints of the steps 3 and 5, written on 4x2."""
@@ -74,7 +72,7 @@ def saved(tmp_path_factory):
 def test_restored_on_any_mesh_bit_for_bit(mesh, saved):
     abstract = program(mesh).abstract_state
     state, next_row = orbax.Checkpoints(saved).restore(abstract, meta(0))
-    assert_equal(state, random_state("4x2", 5))
+    chex.assert_trees_all_equal(state, random_state("4x2", 5))
     assert next_row == 80 and int(state.step) == 5
     assert jax.tree.map(lambda x: x.sharding, state) == jax.tree.map(lambda x: x.sharding, abstract)
 
@@ -83,10 +81,10 @@ def test_parameters_alone_in_another_type_from_a_given_step(saved):
     mesh = make_mesh(1, 2, 4)
     params = orbax.restore_params(saved, MODEL, mesh, sharding.DECODE_RULES, dtype="bfloat16", step=3)
     expected = jax.tree.map(lambda x: x.astype(jnp.bfloat16), random_state("4x2", 3).params)
-    assert_equal(params, expected)
+    chex.assert_trees_all_equal(params, expected)
     assert jax.tree.map(lambda x: x.sharding, params) == sharding.param_shardings(MODEL, mesh, sharding.DECODE_RULES)
     kept = orbax.restore_params(saved, MODEL, mesh, sharding.TRAIN_RULES)
-    assert_equal(kept, random_state("4x2", 5).params)
+    chex.assert_trees_all_equal(kept, random_state("4x2", 5).params)
 
 
 def test_metadata_says_what_it_is(saved):
@@ -124,7 +122,7 @@ def test_leftovers_of_a_killed_run_are_neither_seen_nor_kept(saved, tmp_path):
     checkpoints = orbax.Checkpoints(tmp_path, keep_last=1)
     assert checkpoints.latest_step() == 5
     state, _ = checkpoints.restore(program("1").abstract_state, meta(0))
-    assert_equal(state, random_state("4x2", 5))
+    chex.assert_trees_all_equal(state, random_state("4x2", 5))
     checkpoints.save(random_state("1", 7), 7, meta(7))
     checkpoints.close()
     assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["7"]
@@ -159,7 +157,7 @@ def test_a_full_disk_is_an_error_and_the_last_checkpoint_stays_whole(tmp_path):
     assert orbax.steps_in(tmp_path) == [1]
     again = orbax.Checkpoints(tmp_path)  # there is room again
     state, next_row = again.restore(program("1").abstract_state, meta(0))
-    assert_equal(state, random_state("1", 1))
+    chex.assert_trees_all_equal(state, random_state("1", 1))
     assert next_row == 1
     again.save(random_state("1", 2), 2, meta(2))
     again.close()
@@ -179,7 +177,8 @@ def test_another_architecture_is_refused_field_by_field(saved):
     other = dataclasses.replace(MODEL, hidden_size=64, rope_theta=1e4, tie_embeddings=True)
     with pytest.raises(
         UserError,
-        match="hidden_size is 32 in the checkpoint and 64 here; tie_embeddings is False .*; rope_theta is 1000000.0 in the checkpoint and 10000.0 here",
+        match="hidden_size is 32 in the checkpoint and 64 here; tie_embeddings is False .*; rope_theta is 1000000.0 in "
+        "the checkpoint and 10000.0 here",
     ):
         orbax.Checkpoints(saved).restore(program("1").abstract_state, meta(0, other))
     with pytest.raises(UserError, match="head/embedding is unknown"):
@@ -215,3 +214,62 @@ def test_missing_and_foreign_checkpoints_are_named(saved, tmp_path):
     file.write_text("not JSON")
     with pytest.raises(UserError, match="not the metadata of a checkpoint"):
         orbax.read_meta(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "group, settings",
+    [
+        ("model", {"number_of_experts": 8, "window": 1}),
+        ("lora", {"rank": 4, "targets": ["up"], "dropout": 0.1, "number_of_experts": 8, "window": 1}),
+    ],
+)
+def test_settings_of_a_later_version_are_named(group, settings, saved, tmp_path):
+    shutil.copytree(saved, tmp_path, dirs_exist_ok=True)
+    file = tmp_path / "checkpoints" / "5" / "meta" / "metadata"
+    meta = json.loads(file.read_text())
+    if group == "model":
+        meta["model"] |= settings
+    else:
+        meta["config"] = {"lora": settings, "init_from": ""}
+    file.write_text(json.dumps(meta))
+    where = {"model": "model", "lora": "config.lora"}[group]
+    message = rf"does not know: .*{where}.number_of_experts, {where}.window. Use the version that wrote it"
+    for read in (load.load_model_config, functools.partial(load.stored, step=None), load.fingerprint):
+        with pytest.raises(UserError, match=message):
+            read(tmp_path)
+    del meta["model"]["hidden_size"]
+    for name in settings:
+        meta["model"].pop(name, None)
+    file.write_text(json.dumps({**meta, "config": None}))
+    with pytest.raises(UserError, match="metadata: model lacks the setting hidden_size"):
+        orbax.read_meta(tmp_path)
+
+
+# --- What is read, or written, past Orbax's own interface.
+
+
+def test_the_files_are_where_they_are_looked_for(saved):
+    """Complete steps, metadata and slices of parameters are read, and parameters written, without Orbax."""
+    step = saved / "checkpoints" / "5"
+    assert (step / "_CHECKPOINT_METADATA").is_file()
+    assert json.loads((step / "meta" / "metadata").read_text())["step"] == 5
+    assert json.loads((step / "data" / "metadata").read_text()) == {"next_row": 80}
+    reader, shapes = load.stored(saved, 5)
+    tree = traverse_util.flatten_dict(jax.device_get(random_state("4x2", 5).params), sep="/")
+    assert shapes == {path: value.shape for path, value in tree.items()}
+    for path, value in tree.items():
+        np.testing.assert_array_equal(reader.read(path, (slice(1, 2), *[slice(None)] * (value.ndim - 1))), value[1:2])
+
+
+def test_parameters_written_piece_by_piece_are_read_by_orbax(saved, tmp_path):
+    tree = traverse_util.flatten_dict(jax.device_get(random_state("4x2", 5).params), sep="/")
+    streams = {
+        path: stream.Stream(value.shape, value.dtype, lambda start, stop, value=value: value[start:stop])
+        for path, value in tree.items()
+    }
+    stream.save(tmp_path / "checkpoints" / "0", streams, meta(0))
+    assert orbax.steps_in(tmp_path) == [0] and orbax.read_meta(tmp_path)["step"] == 0
+    found = orbax.restore_params(tmp_path, MODEL, make_mesh(1, 4, 2), sharding.TRAIN_RULES)
+    chex.assert_trees_all_equal(found, random_state("4x2", 5).params)
+    # The same weights in other pieces have the same fingerprint; other weights have another one.
+    assert load.fingerprint(tmp_path) == load.fingerprint(saved, 5) != load.fingerprint(saved, 3)
