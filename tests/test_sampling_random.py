@@ -7,7 +7,7 @@ import pytest
 from sampling_cases import MODEL, expected, oracle_forward, random_params, random_prompts, same_tokens
 
 from refusion_jax.sampling import SamplerConfig, generate
-from refusion_jax.sampling.batching import run
+from refusion_jax.sampling.engine import make_sampler, programs
 
 BATCH = 16
 SHAPES = [(32, 4, 2), (25, 5, 1), (16, 2, 2), (14, 8, 2)]  # gen_length (not all whole slots), slot size, blocks
@@ -37,7 +37,9 @@ def trials(shape_index: int, **options):
 
 @pytest.fixture(scope="module")
 def wanted():
-    """What the oracle decodes in every trial of every shape, None where float64 and float32 might decide differently."""
+    """What the oracle decodes in every trial of every shape, None where float64 and float32 might decide
+    differently.
+    """
     found = {}
     for shape in range(len(SHAPES)):
         for trial, (params, config, prompts) in enumerate(trials(shape)):
@@ -63,7 +65,6 @@ def test_every_path_is_taken(wanted):
 @pytest.mark.parametrize("speculate", ["off", "on"])
 def test_equals_the_oracle(wanted, shape, speculate):
     forwards = collections.Counter()
-    before = run._cache_size()
     for trial, (params, config, prompts) in enumerate(trials(shape, speculate=speculate)):
         answers = generate(params, MODEL, config, prompts, batch_size=BATCH)
         for prompt, answer, case in zip(prompts, answers, wanted[shape, trial], strict=True):
@@ -80,4 +81,5 @@ def test_equals_the_oracle(wanted, shape, speculate):
     print(dict(forwards))
     if speculate == "on":
         assert forwards["here"] < 0.8 * forwards["oracle"]
-    assert run._cache_size() == before + 1, "thresholds and parameters are traced: one program per shape"
+    compiled = programs(make_sampler(MODEL, config, BATCH), None).run.jitted._cache_size()
+    assert compiled == 1, "thresholds and parameters are traced: one program per shape"

@@ -1,4 +1,5 @@
-"""Decodings recorded from the authors' code: the oracle repeats all of them, the compiled sampler those of some settings.
+"""Decodings recorded from the authors' code: the oracle repeats all of them, the compiled sampler those of some
+settings.
 
 `tools/check_reference.py tests/reference/tiny` compares the compiled sampler with all of them.
 """

@@ -118,31 +118,30 @@ class Packed:
 
 @struct.dataclass
 class TwoStream:
-    """Block diffusion in training: rows hold every token twice, [noisy | clean], length 2 T.
+    """Block diffusion in training: rows hold every token twice, noisy and clean, in any arrangement.
 
-    A noisy token sees the noisy tokens of its own block and the clean ones of earlier blocks; a clean token sees the clean ones
-    of its own and earlier blocks; all inside their segment.
+    Inside its segment a noisy token sees the noisy tokens of its own block and the clean ones of earlier blocks; a clean
+    token sees the clean ones of its own and earlier blocks.
 
     Attributes:
-      segment_ids, blocks: [batch, T] int32 of the tokens, once.
+      segment_ids, blocks: [batch, length] int32.
+      clean: [batch, length] bool.
     """
 
     segment_ids: jax.Array
     blocks: jax.Array
+    clean: jax.Array
 
     def visible(self, rows: jax.Array) -> jax.Array:
-        """Mask [batch, query, 2 T] of queries with the given indices [query] in the doubled row."""
-        twice = lambda x: jnp.concatenate([x, x], axis=1)
-        segments, blocks = twice(self.segment_ids), twice(self.blocks)
-        clean = jnp.arange(segments.shape[1]) >= self.segment_ids.shape[1]
-        of, by = blocks[:, rows, None], blocks[:, None, :]
-        from_noisy = jnp.where(clean, by < of, by == of)
-        from_clean = clean & (by <= of)
-        seen = jnp.where(clean[rows][:, None], from_clean, from_noisy)
-        return seen & (segments[:, rows, None] == segments[:, None, :])
+        """Mask [batch, query, length] of queries with the given indices [query]."""
+        same = self.segment_ids[:, rows, None] == self.segment_ids[:, None, :]
+        query, key, clean = self.blocks[:, rows, None], self.blocks[:, None, :], self.clean[:, None, :]
+        from_noisy = jnp.where(clean, key < query, key == query)
+        from_clean = clean & (key <= query)
+        return same & jnp.where(self.clean[:, rows, None], from_clean, from_noisy)
 
     def attend(self, q, k, v):
-        """q [B, 2 T, N, H], k and v [B, 2 T, K, H] -> ([B, 2 T, N, H] under the checkpoint name "attended", self)."""
+        """q [B, T, N, H], k and v [B, T, K, H] -> ([B, T, N, H] under the checkpoint name "attended", self)."""
         return checkpoint_name(chunked_attention(q, k, v, self.visible), "attended"), self
 
 
@@ -217,10 +216,11 @@ class Appended:
         """q [B, T, N, H], k and v [B, T, K, H] -> ([B, T, N, H], self with the window written)."""
         k, v = (jnp.einsum("BTKH->BKTH", x) for x in (k, v))
         entries = self.cache.length[:, None] + jnp.arange(q.shape[1])
+        # Written first and read from what was written: XLA then updates the cache in place.
+        cache = self.cache.write(self.layer, entries, k, v)
         softmax = _Softmax(q, k.shape[1])
         carry = softmax.add(softmax.start(), k, v, self.window_mask)
-        carry = softmax.add_cache(carry, self.cache, self.layer)
-        cache = self.cache.write(self.layer, entries, k, v)
+        carry = softmax.add_cache(carry, cache, self.layer)
         return softmax.finish(carry), self.replace(cache=cache, layer=self.layer + 1)
 
 

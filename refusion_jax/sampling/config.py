@@ -23,15 +23,16 @@ class SamplerConfig:
     Attributes:
       gen_length: tokens an answer may have; rounded up to a multiple of `slot_size`.
       slot_size: k, tokens of a slot.
-      blocks: parts of the answer decoded strictly left to right; the rounded gen_length / blocks must be a multiple of k.
+      blocks: parts of the answer decoded strictly left to right; the rounded gen_length / blocks must be a multiple of
+        k.
       slot_threshold: a slot is chosen when the confidence of its first token is above this, in [0, 1].
       token_threshold: a draft token is accepted when its autoregressive probability is above this, in [0, 1].
       temperature: 0 is greedy; above, drafts of a plan (and autoregressive tokens) are sampled.
       top_k: with a temperature, sample among the k most probable ids; 0 is all.
       top_p: with a temperature, sample among the fewest ids whose probability reaches this, in (0, 1].
       method: "plan_and_infill", or "autoregressive" (one token per forward, slots and thresholds unused).
-      speculate: carry forwards that may be needed next in the same window ("on", "off"); "auto" decides from batch, width
-        and device. Changes the number of forwards, never a token.
+      speculate: carry forwards that may be needed next in the same window ("on", "off"); "auto" decides from batch,
+        width and device. Changes the number of forwards, never a token.
       window: most tokens of a row's window with speculation; 0 chooses it.
     """
 
@@ -105,7 +106,9 @@ class Settings:
 
     @classmethod
     def of(cls, config: SamplerConfig, eos: int, *, limit: int = 0, stop_ids: Sequence[int] = ()) -> "Settings":
-        """Settings of a request, as NumPy scalars; `limit` 0 is the whole length, `stop_ids` end an answer besides `eos`."""
+        """Settings of a request, as NumPy scalars; `limit` 0 is the whole length, `stop_ids` end an answer besides
+        `eos`.
+        """
         stops = np.full(MAX_STOP_IDS, -1, np.int32)
         stops[: 1 + len(stop_ids)] = [eos, *stop_ids]
         return cls(
@@ -134,7 +137,8 @@ class Generation:
         behind an EOS are in here (they condition the slots before it) though not in `tokens`.
       committed: the ids that belong to `order`.
       rounds: the round (which plan) each entry of `order` was committed in.
-      forwards: forward passes of the loop that this prompt took part in. The prompt's own, chunk by chunk, are not counted.
+      forwards: forward passes of the loop that this prompt took part in. The prompt's own, chunk by chunk, are not
+        counted.
       tokens_forwarded: tokens in all passes, the prompt included, padding not.
       finished: the answer is complete.
     """

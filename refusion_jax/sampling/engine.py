@@ -5,10 +5,11 @@
     for answer in engine.step(forwards=16): ...   # what has been finished
     engine.cancel(row)
 
-A sampler (plan_and_infill.py, autoregressive.py) is a frozen, hashable dataclass with `model`, `length` (of an answer), `window`
-(tokens of a forward), `held_back` (prompt tokens left to the first window), and functions of one row: `start(request) -> row`,
-`ask(row) -> window`, `advance(row, window, seen) -> (row, tokens committed)`. A process compiles one loop for each (sampler,
-batch, length of the cache), and prefills of a few widths; settings of a request are traced.
+A sampler (plan_and_infill.py, autoregressive.py) is a frozen, hashable dataclass with `model`, `length` (of an answer),
+`window` (tokens of a forward), `held_back` (prompt tokens left to the first window), and functions of one row:
+`start(request) -> row`, `ask(row) -> window`, `advance(row, window, seen) -> (row, tokens committed)`. A process
+compiles one loop for each (sampler, batch, length of the cache), and prefills of a few widths; settings of a request
+are traced.
 """
 
 import dataclasses
@@ -36,11 +37,14 @@ from refusion_jax.sampling.config import MAX_STOP_IDS, Generation, SamplerConfig
 from refusion_jax.sampling.plan_and_infill import PlanAndInfill
 from refusion_jax.sampling.state import Request, State, select
 
-# Tokens a forward takes in about the time that reading the weights takes, on chips made for this. On a CPU every token costs.
+# Tokens a forward takes in about the time that reading the weights takes, on chips made for this. On a CPU every token
+# costs.
 FREE_TOKENS = 160
-# A prefill forwards at most so many tokens of prompts per shard of the batch: one row's, or of several rows that need less.
+# A prefill forwards at most so many tokens of prompts per shard of the batch: one row's, or of several rows that need
+# less.
 PREFILL_TOKENS = 256
 PREFILL_WIDTHS = (16, 64, 256)
+STATIC = ("method", "gen_length", "slot_size", "blocks", "speculate", "window")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,7 +53,8 @@ class Prompt:
 
     Attributes:
       tokens: ids of the prompt.
-      config: its traced part (thresholds, temperature, top-k, top-p) is this request's own; the rest must be the engine's.
+      config: its traced part (thresholds, temperature, top-k, top-p) is this request's own; the rest must be the
+        engine's.
       index: returned with the answer; with `seed` it chooses the random stream.
       limit: tokens the answer may have; 0: as many as the engine's config says.
       stop_ids: ids that end the answer besides the model's EOS.
@@ -100,6 +105,11 @@ def make_sampler(
     carry = config.speculate != "off"
     chunks = max(n, (config.window or tokens) // k) if carry else n
     return PlanAndInfill(model, slots=n, slot_size=k, blocks=config.blocks, chunks=chunks, carry=carry)
+
+
+def static_part(config: SamplerConfig) -> dict[str, Any]:
+    """The settings that are compiled in; the others are each request's own."""
+    return {name: getattr(config, name) for name in STATIC}
 
 
 def cache_bucket(entries: int) -> int:
@@ -328,10 +338,10 @@ class Engine:
         return cache_bucket(prompt_length + self.sampler.length + self.sampler.window)
 
     def _check_request(self, prompt: Prompt) -> None:
-        if make_sampler(self.model, prompt.config, self.batch) != make_sampler(self.model, self.config, self.batch):
+        if static_part(prompt.config) != static_part(self.config):
             raise UserError(
-                f"Request {prompt.index} has {prompt.config}, whose gen_length, slot_size, blocks, method, speculate or "
-                f"window are not this engine's ({self.config}). Use another engine, or set `limit` for a shorter answer."
+                f"Request {prompt.index} wants {static_part(prompt.config)}, but this engine was made for "
+                f"{static_part(self.config)}. Use another engine; for a shorter answer set `limit`."
             )
         if not 0 <= prompt.limit <= self.sampler.length:
             raise UserError(f"Request {prompt.index} has limit {prompt.limit}; choose from 1 to {self.sampler.length}.")
@@ -341,7 +351,9 @@ class Engine:
             )
 
     def _next_chunk(self) -> Chunk:
-        """The next tokens of waiting prompts, on the host: the first in line decides the width, others that need no more join."""
+        """The next tokens of waiting prompts, on the host: the first in line decides the width, others that need no
+        more join.
+        """
         own = self.batch // self._shards
         left = {row: len(self._owner[row].tokens) - self.sampler.held_back - at for row, at in self._left.items()}
         longest = next(iter(left.values()))

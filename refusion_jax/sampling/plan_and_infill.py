@@ -2,14 +2,15 @@
 
 Letters: n slots of a block, k tokens of a slot, c chunks of a window, W = c * k tokens of a window.
 
-A *chunk* is a slot with its first `cut` tokens known and masks behind them. Every phase forwards chunks on top of the cache:
+A *chunk* is a slot with its first `cut` tokens known and masks behind them. Every phase forwards chunks on top of the
+cache:
 
     plan       every remaining slot, cut 0; each chunk sees the chunks before it
     verify     every chosen slot's draft, cut k; each sees the chunks before it
     complete   every chosen slot, cut k (verify) or its accepted prefix (predict); each sees only itself
 
-These are the *main* chunks, and what is committed is always a prefix of them. Behind them the window has room for chunks that
-may be needed next: speculation.py, which changes nothing but the number of forwards.
+These are the *main* chunks, and what is committed is always a prefix of them. Behind them the window has room for
+chunks that may be needed next: speculation.py, which changes nothing but the number of forwards.
 
 All functions are of one row; the engine maps them over the batch, rows in different phases side by side.
 """
@@ -144,7 +145,8 @@ class PlanAndInfill:
         end = jnp.sum(main & (slot < stop_slot)) * k + stop_at[stop_slot % n] + 1
         main_end = jnp.where(stop_slot < n, end, jnp.sum(main) * k)
 
-        # Candidates in order of need: main, next plan, guesses cut by cut, likely ones first. As many as there is room for.
+        # Candidates in order of need: main, next plan, guesses cut by cut, likely ones first. As many as there is room
+        # for.
         carried = speculation.carry(self, row, main, stop_at, stop_slot, ~planning & self.carry)
         by_cut = lambda flags: flags.T.reshape(-1)
         guesses = [by_cut(carried.guess & carried.likely), by_cut(carried.guess & ~carried.likely)]
@@ -161,8 +163,8 @@ class PlanAndInfill:
         offsets = ((chunk_block * n + chunk_slot)[:, None] * k + column).reshape(-1)
         keys = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.fold_in(row.key, row.round + 1), offsets)
 
-        # Every chunk sees itself up to each token; main chunks see those before them unless they are being completed, the
-        # next plan sees the main tokens up to the first stop id and itself.
+        # Every chunk sees itself up to each token; main chunks see those before them unless they are being completed,
+        # the next plan sees the main tokens up to the first stop id and itself.
         chunk = jnp.repeat(jnp.arange(c), k)
         token = jnp.arange(c * k)
         is_main, is_plan = jnp.repeat(is_main, k), jnp.repeat(is_plan, k)
@@ -210,7 +212,9 @@ class PlanAndInfill:
         return (jnp.arange(self.slot_size) > row.prefix[:, None]) & (given <= row.settings.token_threshold)
 
     def verify(self, row: Row, main: Seen, guess: speculation.Guess) -> Outcome:
-        """Method section 4, step 2: the leading run of accepted tokens of all drafts together; without a whole slot, step 3."""
+        """Method section 4, step 2: the leading run of accepted tokens of all drafts together; without a whole
+        slot, step 3.
+        """
         n, k = self.slots, self.slot_size
         run = first(self.rejected(row, main))
         stop_at = first(row.settings.stops(row.fill))
@@ -222,7 +226,9 @@ class PlanAndInfill:
         return select(taken.any(), verified, self.complete(row, main, guess))
 
     def complete(self, row: Row, main: Seen, guess: speculation.Guess) -> Outcome:
-        """Method section 4, step 3: each chosen slot by itself predicts behind its prefix, or verifies what it predicted."""
+        """Method section 4, step 3: each chosen slot by itself predicts behind its prefix, or verifies what it
+        predicted.
+        """
         k, column = self.slot_size, jnp.arange(self.slot_size)
         # In a global verify, only the first chosen slot saw what it sees in a completion.
         alone = (row.phase == COMPLETE) | (jnp.arange(self.slots) == first(row.chosen))

@@ -1,4 +1,6 @@
-"""From logits to the few numbers per token that decoding decides with; run by `over_vocabulary`, logits never leave it."""
+"""From logits to the few numbers per token that decoding decides with; run by `over_vocabulary`, logits never leave
+it.
+"""
 
 from collections.abc import Callable
 
@@ -46,7 +48,9 @@ class Seen:
 
 
 def reduce(model: ModelConfig, logits: jax.Array, query: Query) -> Seen:
-    """Reduces logits [tokens, vocab]; the mask and begin ids take no part (padded rows of the table are -inf already)."""
+    """Reduces logits [tokens, vocab]; the mask and begin ids take no part (padded rows of the table are -inf
+    already).
+    """
     ids = jnp.arange(model.vocab_size)
     never = [i for i in (model.mask_token_id, model.begin_token_id) if i is not None]
     for i in never:
@@ -69,7 +73,9 @@ def reduce(model: ModelConfig, logits: jax.Array, query: Query) -> Seen:
 
 
 def sample(logits: jax.Array, query: Query) -> jax.Array:
-    """Ids drawn from logits [tokens, vocab] after temperature, top-k, then top-p; each token has its own key and settings."""
+    """Ids drawn from logits [tokens, vocab] after temperature, top-k, then top-p; each token has its own key and
+    settings.
+    """
     logits = logits / jnp.maximum(query.temperature, 1e-6)[:, None]
 
     def cut_to_k(logits):

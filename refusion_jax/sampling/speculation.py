@@ -1,8 +1,10 @@
 """Fewer forwards for the same tokens: chunks that a plan-and-infill window carries because they may be needed next.
 
     plan       the next plan, right if every main token up to the first stop id is committed; sees those tokens
-    guess      a chosen slot cut where its draft may be rejected: the predict forward that would follow. When it predicts what
-               was verified already, that verify is known too, and completion goes on to the next rejected token at once.
+    guess      a chosen slot cut where its draft may be rejected: the predict forward that would follow. When it
+      predicts what
+               was verified already, that verify is known too, and completion goes on to the next rejected token at
+               once.
 
 Letters as in plan_and_infill.py, whose functions call these.
 """
@@ -69,8 +71,8 @@ def follow(
 ) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
     """How far the verify of each slot leads when guesses are followed.
 
-    Where a guess predicts again what was verified up to the next rejected token, the verify that would follow is known: it stops
-    at that token. So a slot stops at the first rejected token whose guess does not do so.
+    Where a guess predicts again what was verified up to the next rejected token, the verify that would follow is known:
+    it stops at that token. So a slot stops at the first rejected token whose guess does not do so.
 
     Args:
       fill: [n, k] ids that were verified.
@@ -79,8 +81,8 @@ def follow(
       alone: [n] bool, slots that saw only what they see in a completion.
 
     Returns:
-      (stop, guessed, top, top_prob): [n] tokens accepted, [n] bool whether a guess predicted behind them, and what it predicted,
-      [n, k] ids and probabilities.
+      (stop, guessed, top, top_prob): [n] tokens accepted, [n] bool whether a guess predicted behind them, and what it
+      predicted, [n, k] ids and probabilities.
     """
     k = fill.shape[1]
     column = jnp.arange(k)

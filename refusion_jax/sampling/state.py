@@ -34,7 +34,8 @@ class Canvas:
 
     Attributes:
       tokens: [length] ids.
-      when: [length] how many tokens had been committed before this one; -1: still open. Its argsort is the commit order.
+      when: [length] how many tokens had been committed before this one; -1: still open. Its argsort is the commit
+        order.
       round: [length] the round a token was committed in.
       count: tokens committed.
       forwards: passes of the loop that the row took part in.
