@@ -26,6 +26,7 @@ from refusion_jax.parallel import sharding
 from refusion_jax.parallel.mesh import make_mesh
 from refusion_jax.sampling import Generation, SamplerConfig, stream
 from refusion_jax.sampling.config import METHODS, SPECULATE
+from refusion_jax.settings import build
 
 
 @dataclasses.dataclass(frozen=True)
@@ -131,10 +132,8 @@ def held_out(checkpoint: str, step: int | None = None) -> list[Source]:
             f"{checkpoint} is not a training run of this project, so it has no held-out examples; name a run's "
             "--workdir, or give prompts."
         )
-    settings = [{**source, "options": tuple(map(tuple, source["options"]))} for source in config["data"]["evaluation"]]
-    sources = [
-        open_source(SourceConfig(**source)) for source in settings if source["query_field"] and source["kind"] != "text"
-    ]
+    configs = [build(SourceConfig, source, "config.data.evaluation") for source in config["data"]["evaluation"]]
+    sources = [open_source(config) for config in configs if config.query_field and config.kind != "text"]
     if not sources:
         raise UserError(
             f"The run {checkpoint} has no evaluation data with prompts (config.data.evaluation); train with some, or "

@@ -8,7 +8,7 @@ import pathlib
 
 import pytest
 
-# Before the first import of jax anywhere in the tests.
+# Before the first import of jax anywhere in the tests (pytest itself does not).
 ON_GPU = os.environ.get("REFUSION_TEST_PLATFORM", "cpu") == "gpu"
 if not ON_GPU:
     # They compile more than they compute: not optimising halves their time.
