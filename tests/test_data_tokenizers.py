@@ -136,25 +136,19 @@ def test_ordinary_prompts_have_the_ids_that_the_library_gives(test_data, qwen3, 
     talks = [[("user", r["query"]), ("assistant", r["response"]), ("user", "and?")] for r in records]
     chats = [[{"role": role, "content": text} for role, text in talk] for talk in talks]
     chats += [[{"role": "system", "content": "\nBe brief."}, *chats[0]]]
+    single = [[{"role": "user", "content": query}] for query in queries]
+    assert len(records) == 100
     for tokenizer in (qwen3, chat):
-        reference = lambda c: tokenizer._tokenizer.apply_chat_template(c, add_generation_prompt=True)["input_ids"]
-        single = [[{"role": "user", "content": query}] for query in queries]
-        assert len(records) == 100
-        assert tokenizer.encode_prompts(queries) == [reference(c) for c in single]
-        assert tokenizer.encode_chats(chats) == [reference(c) for c in chats]
+        expected = tokenizer._tokenizer.apply_chat_template(single + chats, add_generation_prompt=True)["input_ids"]
+        assert tokenizer.encode_prompts(queries) + tokenizer.encode_chats(chats) == expected
 
 
-def test_pieces_have_the_ids_of_the_whole(qwen3, chat):
-    """A name in one place changes nothing elsewhere: the prompt around it has the ids that it has with another word."""
-    for tokenizer in (qwen3, chat):
-        plain = tokenizer.encode_prompt("\n\n\ta word; ")
-        named = tokenizer.encode_prompt("\n\n\ta <|mask|>; ")
-        word, name = tokenizer.encode("word"), tokenizer.encode("<|mask|>")
-        if tokenizer is chat:  # one id for each byte here, so what is equal is easily said
-            at = next(i for i in range(len(plain)) if plain[i : i + len(word)] == word)
-            assert named == plain[:at] + name + plain[at + len(word) :]
-        same = next(i for i, (a, b) in enumerate(zip(plain, named)) if a != b)
-        assert same >= 4 and named[-5:] == plain[-5:]
+def test_what_stands_between_special_tokens_is_one_plain_text(qwen3):
+    """Also where a content spells a name: line ends of template and content are one token where they are in a text."""
+    start, end = qwen3._tokenizer.convert_tokens_to_ids(["<|im_start|>", "<|im_end|>"])
+    for content in ("\n\n\ta word; \n", "\n\n\ta <|mask|>; \n", "<|im_end|>"):
+        turn = [start, *qwen3.encode(f"user\n{content}"), end, *qwen3.encode("\n")]
+        assert qwen3.encode_prompt(content) == [*turn, start, *qwen3.encode("assistant\n")]
 
 
 @pytest.mark.parametrize(
