@@ -1,7 +1,10 @@
 """The training job: interrupted and resumed it is as if nothing had happened, and it stops rather than do harm."""
 
+import collections
+import contextlib
 import dataclasses
 import json
+import math
 import os
 import pathlib
 import resource
@@ -17,7 +20,8 @@ import pytest
 from refusion_jax import step as steps_lib
 from refusion_jax import train as train_lib
 from refusion_jax.checkpoint import orbax
-from refusion_jax.config import from_config_dict
+from refusion_jax.config import SourceConfig, from_config_dict
+from refusion_jax.data import pipeline
 from refusion_jax.errors import UserError, run_main
 from refusion_jax.metrics import reporter
 from refusion_jax.parallel import distributed
@@ -60,6 +64,7 @@ def config(tmp_path_factory):
     return dataclasses.replace(
         config,
         mesh=dataclasses.replace(config.mesh, tensor=2),
+        data=dataclasses.replace(config.data, evaluation=config.data.train),  # for several batches
         log_every=1,
         eval_every=4,
         checkpoint_every_steps=3,
@@ -70,19 +75,34 @@ def config(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def uninterrupted(config, tmp_path_factory):
-    """(folder, last evaluation, traces of the training and of the evaluation step) of a run from start to end."""
+    """(folder, last evaluation, what was traced and called how often) of a run from start to end."""
     folder = tmp_path_factory.mktemp("uninterrupted")
-    traces = {"train_step": 0, "eval_step": 0}
+    counts = collections.Counter()
+
+    def counted(name, function):
+        def call(*args):
+            counts[name] += 1
+            return function(*args)
+
+        return call
+
+    def schedule(*args, original=steps_lib.learning_rate):
+        return counted("learning_rate", original(*args))
+
+    def evaluate(config, program, state, rows):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(jax, "device_get", counted("evaluation fetches", jax.device_get))
+            program = dataclasses.replace(program, evaluate=counted("evaluation batches", program.evaluate))
+            return original_evaluate(config, program, state, rows)
+
+    original_evaluate = train_lib.evaluate
     with pytest.MonkeyPatch.context() as patch:
-        for name in traces:
-
-            def counted(*args, original=getattr(steps_lib, name), name=name):
-                traces[name] += 1
-                return original(*args)
-
-            patch.setattr(steps_lib, name, counted)
+        for name in ("train_step", "eval_step"):
+            patch.setattr(steps_lib, name, counted(name, getattr(steps_lib, name)))
+        patch.setattr(steps_lib, "learning_rate", schedule)
+        patch.setattr(train_lib, "evaluate", evaluate)
         evaluation = train_lib.train(config, folder)
-    return folder, evaluation, traces
+    return folder, evaluation, counts
 
 
 def records(folder, kind):
@@ -128,9 +148,8 @@ def test_a_run_reports_every_step_and_every_evaluation(config, uninterrupted):
     folder, evaluation, _ = uninterrupted
     train = records(folder, "train")
     assert [r["step"] for r in train] == list(range(1, STEPS + 1))
-    rate = steps_lib.learning_rate(config.optimizer, STEPS)
-    for r in train:
-        assert r["lr"] == pytest.approx(float(rate(r["step"] - 1)))
+    for r in train:  # a cosine from lr, which update 1 is made with, to 0, which no update is
+        assert r["lr"] == pytest.approx(3e-3 * (1 + math.cos(math.pi * (r["step"] - 1) / STEPS)) / 2, rel=1e-5)
         assert r["loss"] == pytest.approx(r["ar_loss"] + r["mdm_loss"], rel=1e-5)
         assert r["padding"] == pytest.approx(1 - r["tokens"] / (8 * 64))
     held_out = records(folder, "evaluation")
@@ -143,7 +162,14 @@ def test_a_run_reports_every_step_and_every_evaluation(config, uninterrupted):
 
 def test_the_step_is_compiled_once(uninterrupted):
     """Eight steps, four saves and two evaluations of several batches later."""
-    assert uninterrupted[2] == {"train_step": 1, "eval_step": 1}
+    assert {name: uninterrupted[2][name] for name in ("train_step", "eval_step")} == {"train_step": 1, "eval_step": 1}
+
+
+def test_the_host_waits_for_no_step_that_it_has_just_dispatched(uninterrupted):
+    """Learning rates are known before the first step, and an evaluation is fetched as a whole."""
+    counts = uninterrupted[2]
+    assert counts["learning_rate"] == 2  # for all steps at once, and in the trace of the step
+    assert counts["evaluation batches"] > 2 == counts["evaluation fetches"]  # two evaluations
 
 
 def test_checkpoints_are_those_asked_for(config, uninterrupted):
@@ -161,6 +187,15 @@ def test_starting_a_finished_run_again_does_nothing(config, uninterrupted, capsy
     assert "nothing to do" in capsys.readouterr().out
     assert {path: path.stat().st_mtime_ns for path in (folder / "checkpoints").rglob("*")} == before
     assert len(records(folder, "train")) == STEPS
+
+
+def test_checkpoints_by_the_clock(config, tmp_path):
+    """Asked at each report, here with every second step, whether it is time; the answer comes with the next one."""
+    config = dataclasses.replace(
+        config, checkpoint_every_steps=0, checkpoint_every_minutes=1e-9, log_every=2, keep_best=0, keep_last=9
+    )
+    train_lib.train(config, tmp_path)
+    assert orbax.steps_in(tmp_path) == [4, 8]
 
 
 # --- Interrupted runs.
@@ -262,23 +297,58 @@ def test_only_the_term_that_is_not_finite_is_named():
     reporter.check_finite(12, {"loss": 1e30}, "runs/x")
 
 
-def test_a_run_of_another_model_is_not_continued(config, uninterrupted):
-    other = dataclasses.replace(config, model=dataclasses.replace(config.model, hidden_size=32, num_layers=1))
-    with pytest.raises(
-        UserError, match="hidden_size is 16 in the checkpoint and 32 here; num_layers is 2 in the checkpoint and 1 here"
-    ):
-        train_lib.train(other, uninterrupted[0])
-    assert len(records(uninterrupted[0], "train")) == STEPS
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (
+            {"model": {"hidden_size": 32, "num_layers": 1}},
+            "hidden_size is 16 in the checkpoint and 32 here; num_layers is 2 in the checkpoint and 1 here",
+        ),
+        ({"data": {"train": (SourceConfig(kind="json", path="absent.json"),)}}, "absent.json"),
+        ({"mesh": {"data": 3}}, "does not fit 8 devices"),
+    ],
+    ids=["another model", "no data", "mesh"],
+)
+def test_a_run_that_is_refused_leaves_the_folder_as_it_was(change, message, config, uninterrupted):
+    """What describes the run that is there, too: config.json and tokenizer/."""
+    folder = uninterrupted[0]
+    read = lambda: {
+        path: path.read_bytes() for path in folder.rglob("*") if path.is_file() and "cache" not in str(path)
+    }
+    before = read()
+    with pytest.raises(UserError, match=message):
+        train_lib.train(changed(config, change), folder)
+    assert read() == before
+
+
+def changed(config, change):
+    for name, value in change.items():
+        value = dataclasses.replace(getattr(config, name), **value) if isinstance(value, dict) else value
+        config = dataclasses.replace(config, **{name: value})
+    return config
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"mesh": {"data": 3}}, "does not fit 8 devices"),
+        ({"mesh": {"tensor": 8}}, "tensor = 8 does not divide model.num_heads = 2"),
+        ({"batch_size": 6}, "batch_size = 6 .* multiple of 4"),
+        ({"lora": {"rank": 2}}, "lora.rank is set but config.init_from is empty"),
+        ({"model": {"max_position_embeddings": 63}}, "max_length = 64 is more than .*max_position_embeddings = 63"),
+    ],
+    ids=str,
+)
+def test_what_can_be_known_before_is_said_before_the_data_are_read(change, message, config, tmp_path, monkeypatch):
+    monkeypatch.setattr(pipeline, "load_rows", None)
+    with pytest.raises(UserError, match=message):
+        train_lib.train(changed(config, change), tmp_path)
 
 
 @pytest.mark.parametrize(
     "change, message",
     [
         ({"workdir": "{tmp}/file/run"}, "Cannot write to .*/file/run: Not a directory"),
-        ({"mesh": {"data": 3}}, "does not fit 8 devices"),
-        ({"mesh": {"tensor": 8}}, "tensor = 8 does not divide model.num_heads = 2"),
-        ({"batch_size": 6}, "batch_size = 6 .* multiple of 4"),
-        ({"lora": {"rank": 2}}, "lora.rank is set but config.init_from is empty"),
         ({"init_from": "{tmp}"}, "{tmp} is no checkpoint"),
         ({"data": {"train": ()}}, "no data source"),
         (
@@ -302,11 +372,41 @@ def test_impossible_runs_are_refused(change, message, config, tmp_path):
     (tmp_path / "file").write_text("")
     change = {name: value.format(tmp=tmp_path) if isinstance(value, str) else value for name, value in change.items()}
     workdir = change.pop("workdir", tmp_path / "run")
-    for name, value in change.items():
-        value = dataclasses.replace(getattr(config, name), **value) if isinstance(value, dict) else value
-        config = dataclasses.replace(config, **{name: value})
     with pytest.raises(UserError, match=message.format(tmp=tmp_path)):
-        train_lib.train(config, pathlib.Path(workdir))
+        train_lib.train(changed(config, change), pathlib.Path(workdir))
+    assert not (tmp_path / "run" / "config.json").exists() and not (tmp_path / "run" / "tokenizer").exists()
+
+
+# --- Profiles.
+
+
+@pytest.mark.parametrize("ending", ["stopped", "failing", "at its end"])
+def test_profile_that_is_started_is_stopped(ending, config, tmp_path, monkeypatch):
+    """The run ends, however it does, within the steps that are traced: the trace is written, another can be taken."""
+    config = dataclasses.replace(config, steps=12, data=dataclasses.replace(config.data, evaluation=()), profile=9)
+    if ending != "at its end":
+        stop_at(11, True if ending == "stopped" else RuntimeError("power cut"), monkeypatch)
+    with pytest.raises(RuntimeError, match="power cut") if ending == "failing" else contextlib.nullcontext():
+        train_lib.train(config, tmp_path)
+    assert list((tmp_path / "profile").rglob("*.xplane.pb"))
+    with jax.profiler.trace(str(tmp_path / "another")):
+        pass
+
+
+def test_profile_is_of_the_steps_asked_for(config, tmp_path, monkeypatch):
+    events = []
+
+    @contextlib.contextmanager
+    def trace(folder):
+        events.append("start")
+        yield
+        events.append("stop")
+
+    monkeypatch.setattr(jax.profiler, "trace", trace)
+    monkeypatch.setattr(distributed.StopSignal, "requested", lambda self, step: events.append(step))
+    config = dataclasses.replace(config, steps=12, data=dataclasses.replace(config.data, evaluation=()), profile=2)
+    train_lib.train(config, tmp_path)
+    assert events[8:] == [9, "start", 10, "stop", 11, 12]  # a step is noted when it has been dispatched
 
 
 # --- The command.

@@ -86,9 +86,10 @@ class Reporter:
 
 def shown(record: dict[str, float]) -> dict[str, float | str]:
     """What of a step's record stands on the line of progress, under short names: the losses and the rates."""
-    losses = {name: value for name, value in record.items() if name.endswith("loss")}
+    losses = {name: value for name, value in record.items() if name.endswith("_loss")}
     shares = {name.replace("_", " "): record[name] for name in ("mfu", "padding", "input_wait") if name in record}
     return {
+        "loss": record["loss"],
         **{name.removesuffix("_loss"): value for name, value in losses.items()},
         "lr": record["lr"],
         "tok/s": record["tokens_per_second"],
