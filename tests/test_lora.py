@@ -1,18 +1,22 @@
 """Adapters: what they add, what they train, what is kept of them, and what becomes of them on export."""
 
 import dataclasses
+import json
+import shutil
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
 from flax import linen as nn
+from flax import traverse_util
 from forward import logits as full_logits
-from micro import get_config, write_examples
+from micro import get_config, read_checkpoint, write_examples
 
 from refusion_jax import lora, train
-from refusion_jax.checkpoint import convert, load, orbax
+from refusion_jax.checkpoint import convert, load, orbax, stream
 from refusion_jax.config import LoraConfig, from_config_dict
 from refusion_jax.errors import UserError
 from refusion_jax.model import layers
@@ -99,21 +103,21 @@ def test_adapters_lie_on_the_mesh_like_their_projections():
     assert tuple(output["a"].spec) == (None, "tensor", None, None) and tuple(output["b"].spec) == (None, None, "fsdp")
 
 
+def write(folder, step, params):
+    """Makes `params` a step of a checkpoint folder."""
+    streams = {
+        path: stream.Stream(p.shape, p.dtype, lambda start, stop, p=np.asarray(p): p[start:stop])
+        for path, p in traverse_util.flatten_dict(params, sep="/").items()
+    }
+    stream.save(folder / "checkpoints" / str(step), streams, orbax.make_meta(MODEL, step=step, tokenizer="bytes"))
+
+
 @pytest.fixture(scope="module")
 def run(tmp_path_factory, base):
     """A run with adapters on a converted base: (folder, its config, base folder)."""
     folder = tmp_path_factory.mktemp("lora")
     write_examples(folder / "data.json")
-    flat = jax.tree_util.tree_leaves_with_path(base)
-    streams = {
-        jax.tree_util.keystr(path, simple=True, separator="/"): convert.stream.Stream(
-            p.shape, p.dtype, lambda start, stop, p=np.asarray(p): p[start:stop]
-        )
-        for path, p in flat
-    }
-    convert.stream.save(
-        folder / "base" / "checkpoints" / "0", streams, orbax.make_meta(MODEL, step=0, tokenizer="bytes")
-    )
+    write(folder / "base", 0, base)
     settings = get_config(f"data={folder / 'data.json'},steps=6")
     settings.init_from = str(folder / "base")
     settings.lora = dict(rank=3, alpha=6.0, targets=("query", "value", "output", "down"), base_dtype="bfloat16")
@@ -147,7 +151,7 @@ def test_run_with_adapters_loads_as_its_base_with_them_merged(run):
     adapters = orbax.restore_adapters(folder, MODEL, config.lora, make_mesh(1, 4, 2))
     merged = lora.merge(rounded, adapters, config.lora)
     loaded = place(folder)
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), loaded, merged)
+    chex.assert_trees_all_close(loaded, merged, atol=1e-6)
     np.testing.assert_allclose(
         logits(loaded)[..., :262], logits(rounded, lora.scaled(adapters, config.lora))[..., :262], atol=2e-5
     )
@@ -158,6 +162,100 @@ def test_run_with_adapters_loads_as_its_base_with_them_merged(run):
     jax.tree.map(
         lambda a, b, was: np.testing.assert_allclose(a, b, atol=1e-6) if was else None, exported, merged, touched
     )
+
+
+# --- The base: the step and the weights that the adapters were trained on, or none.
+
+
+@pytest.fixture
+def moved(run, tmp_path):
+    """Copies of (run, config, base) that a test may change; the run's checkpoint names the copied base."""
+    folder, config, base = run
+    shutil.copytree(folder, tmp_path / "run")
+    shutil.copytree(base, tmp_path / "base")
+    rewrite(tmp_path / "run", lambda meta: meta["base"].update(source=str(tmp_path / "base")))
+    return tmp_path / "run", dataclasses.replace(config, init_from=str(tmp_path / "base")), tmp_path / "base"
+
+
+def rewrite(folder, change, step=6):
+    """Changes the metadata of a checkpoint."""
+    file = folder / "checkpoints" / str(step) / "meta" / "metadata"
+    meta = json.loads(file.read_text())
+    change(meta)
+    file.write_text(json.dumps(meta))
+
+
+def test_training_the_base_on_changes_nothing_of_its_adapters(moved, base, tmp_path):
+    """Not what is loaded or exported, nor a run that goes on."""
+    folder, config, base_folder = moved
+    shutil.copytree(folder, tmp_path / "before")
+    loaded = jax.device_get(place(folder))
+    convert.to_huggingface(folder, tmp_path / "exported", say=lambda line: None)
+    train.train(dataclasses.replace(config, steps=7), tmp_path / "before")
+
+    write(base_folder, 1, jax.tree.map(lambda p: p + 1, base))
+    assert orbax.read_meta(folder)["base"]["step"] == 0
+    chex.assert_trees_all_equal(jax.device_get(place(folder)), loaded)
+    convert.to_huggingface(folder, tmp_path / "exported again", say=lambda line: None)
+    chex.assert_trees_all_equal(*(jax.device_get(place(tmp_path / name)) for name in ("exported", "exported again")))
+    train.train(dataclasses.replace(config, steps=7), folder)
+    chex.assert_trees_all_equal(read_checkpoint(folder, 7), read_checkpoint(tmp_path / "before", 7))
+
+
+def test_a_base_that_is_gone_or_has_changed_is_refused(moved, base, tmp_path):
+    folder, config, base_folder = moved
+    uses = {
+        "load": lambda: place(folder),
+        "export": lambda: convert.to_huggingface(folder, tmp_path / "exported", say=lambda line: None),
+        "resume": lambda: train.train(dataclasses.replace(config, steps=7), folder),
+    }
+    write(base_folder, 1, base)
+    shutil.rmtree(base_folder / "checkpoints" / "0")
+    for use in uses.values():
+        with pytest.raises(UserError, match="trained on step 0 of .*no checkpoint of step 0 in .*; there are 1"):
+            use()
+    changed = jax.tree.map(lambda p: p, base)
+    changed["final_norm"]["scale"] = base["final_norm"]["scale"] + 1e-3
+    write(base_folder, 0, changed)
+    for use in uses.values():
+        with pytest.raises(UserError, match="trained on step 0 of .*but its weights are others now. Put the base"):
+            use()
+    shutil.rmtree(base_folder)
+    for use in uses.values():
+        with pytest.raises(UserError, match="There is no folder .*base"):
+            use()
+    assert not (tmp_path / "exported").exists() and orbax.steps_in(folder)[-1] == 6
+
+
+def test_a_base_may_be_converted_again_or_exported(moved, base, tmp_path):
+    """The values count, not the files that they are in."""
+    folder, config, base_folder = moved
+    loaded = jax.device_get(place(folder))
+    convert.to_huggingface(base_folder, tmp_path / "exported", say=lambda line: None)
+    shutil.rmtree(base_folder)
+    write(base_folder, 0, base)
+    chex.assert_trees_all_equal(jax.device_get(place(folder)), loaded)
+    rewrite(folder, lambda meta: meta["base"].update(source=str(tmp_path / "exported")))
+    chex.assert_trees_all_equal(jax.device_get(place(folder)), loaded)
+
+
+def test_adapters_from_before_the_base_was_written_down(moved, base, capfd):
+    folder, config, base_folder = moved
+    loaded = jax.device_get(place(folder))
+    rewrite(folder, lambda meta: (meta.pop("base"), meta["config"].update(init_from=str(base_folder))))
+    chex.assert_trees_all_equal(jax.device_get(place(folder)), loaded)
+    assert "the adapters do not say on which weights" in capfd.readouterr().err
+
+
+def test_adapters_that_lead_back_to_themselves(moved, tmp_path):
+    folder, _, _ = moved
+    other = shutil.copytree(folder, tmp_path / "other")
+    for here, there in ((folder, other), (other, folder)):
+        rewrite(here, lambda meta: (meta.pop("base"), meta["config"].update(init_from=str(there))))
+    uses = (place, lambda source: convert.to_huggingface(source, tmp_path / "exported", say=lambda line: None))
+    for use in uses:
+        with pytest.raises(UserError, match="in a circle, .*run/checkpoints/6 -> .*other/.* -> .*run/checkpoints/6"):
+            use(folder)
 
 
 def test_resumed_run_has_the_same_frozen_base_bit_for_bit(run):

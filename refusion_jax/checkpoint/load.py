@@ -228,8 +228,8 @@ def adapted(folder: pathlib.Path, step: int | None) -> tuple[LoraConfig, Base] |
     """
     found = adapters_of(orbax.read_meta(folder, step))
     if found:
-        _check_no_circle(folder, step)
         check_base(found[1])
+        _check_no_circle(folder, step)
     return found
 
 
