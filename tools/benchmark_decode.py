@@ -1,14 +1,18 @@
-"""Measures decoding on the local devices: autoregressive against plan-and-infill, speculation off and on, same weights, same process.
+"""Measures decoding on the local devices: autoregressive against plan-and-infill, speculation off and on, same weights,
+same process.
 
     python tools/benchmark.py decode --checkpoint runs/tiny --batch 1,8,32
-    python tools/benchmark.py decode --config configs/0p6b.py --batch 1 --prompt-length 128 --gen-length 128 --json decode.json
+    python tools/benchmark.py decode --config configs/0p6b.py --batch 1 --prompt-length 128 --gen-length 128 --json
+    decode.json
 
-Every batch size decodes the same prompts, a batch at a time: prefill, then the compiled loop until the slowest row is done. Only response
-tokens up to the first EOS count. The time of a forward is that of a fixed number of steps of the same loop.
+Every batch size decodes the same prompts, a batch at a time: prefill, then the compiled loop until the slowest row is
+done. Only response tokens up to the first EOS count. The time of a forward is that of a fixed number of steps of the
+same loop.
 
-With --config the weights are random, and so is what they accept: token_threshold is then searched until plan-and-infill makes
---tokens-per-forward (before speculation; thresholds are traced: nothing is compiled for it). What such a run measures is the time
-of a forward; tokens per forward of a real model come from a trained one.
+With --config the weights are random, and so is what they accept: token_threshold is then searched until plan-and-infill
+makes
+--tokens-per-forward (before speculation; thresholds are traced: nothing is compiled for it). What such a run measures
+is the time of a forward; tokens per forward of a real model come from a trained one.
 """
 
 import argparse
@@ -42,8 +46,9 @@ from refusion_jax.errors import UserError
 from refusion_jax.model import qwen3
 from refusion_jax.model.config import ModelConfig
 from refusion_jax.parallel import sharding
-from refusion_jax.sampling import Generation, SamplerConfig, batching
-from refusion_jax.sampling.config import Settings, check_prompts
+from refusion_jax.sampling import Engine, Generation, Prompt, SamplerConfig
+from refusion_jax.sampling.batching import UNLIMITED
+from refusion_jax.sampling.config import check_prompts
 
 
 def random_params(model: ModelConfig, mesh: Mesh) -> dict:
@@ -73,7 +78,9 @@ def bandwidth() -> float:
 
 
 def bytes_per_forward(params: dict, model: ModelConfig, batch: int, context: float) -> float:
-    """What a forward cannot help reading: every weight (of an untied embedding only some rows) and `context` cache entries a row."""
+    """What a forward cannot help reading: every weight (of an untied embedding only some rows) and `context` cache
+    entries a row.
+    """
     weights = sum(x.nbytes for x in jax.tree.leaves(params)) - (
         0 if model.tie_embeddings else params["embed"]["embedding"].nbytes
     )
@@ -91,79 +98,51 @@ class Case:
         self, params: dict, model: ModelConfig, config: SamplerConfig, prompts: list[list[int]], batch: int, mesh: Mesh
     ):
         check_prompts(prompts, model, config)
-        self.params, self.model, self.config, self.prompts, self.batch, self.mesh = (
-            params,
-            model,
-            config,
-            prompts,
-            batch,
-            mesh,
-        )
-        self.sampler = batching.make_sampler(model, config, batch)
-        self.room = batching.bucket(max(map(len, prompts)))
-        self.cache_length = self.room + config.length + self.sampler.window
-        self.together = mesh.shape["data"] * mesh.shape["fsdp"]  # prompts of a prefill
-        if batch % self.together:
+        self.params, self.model, self.config = params, model, config
+        self.prompts, self.batch, self.mesh = prompts, batch, mesh
+        self.engine = Engine(params, model, config, batch, max_prompt_length=max(map(len, prompts)), mesh=mesh)
+        if self.engine.batch != batch:
             raise UserError(
-                f"A batch of {batch} does not spread over the {self.together} devices of data x fsdp; change --batch "
-                "or --mesh."
+                f"A batch of {batch} does not spread over the devices of data x fsdp; change --batch or --mesh."
             )
-        with sharding.use(mesh, sharding.DECODE_RULES):
-            state = jax.block_until_ready(self.prefilled(prompts[:batch], Settings.of(config)))  # compiles the prefill
-            start = time.perf_counter()
-            self.loop = batching.run.lower(
-                self.sampler, params, state, Settings.of(config), jnp.int32(0), jnp.int32(0)
-            ).compile()
-            self.compile_seconds = time.perf_counter() - start
-        self.cache_bytes = state.cache.k.nbytes + state.cache.v.nbytes
-        self.temporary_bytes = self.loop.memory_analysis().temp_size_in_bytes
+        start = time.perf_counter()
+        loop = self.engine.compiled()
+        self.compile_seconds = time.perf_counter() - start
+        self.temporary_bytes = loop.memory_analysis().temp_size_in_bytes
+        entry = 2 * model.num_layers * model.num_kv_heads * model.head_dim * jnp.dtype(model.dtype).itemsize
+        self.cache_bytes = batch * self.engine.cache_length * entry
 
-    def prefilled(self, prompts: list[list[int]], settings: Settings) -> Any:
-        """The state with a batch of prompts in its rows."""
-        state = batching.empty(self.sampler, self.batch, self.cache_length)
-        for first in range(0, self.batch, self.together):
-            rows = np.arange(first, first + self.together)
-            padded = np.zeros((self.together, self.room), np.int32)
-            for line, row in zip(padded, rows):
-                line[: len(prompts[row])] = prompts[row]
-            lengths = np.array([len(prompts[row]) for row in rows])
-            keys = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(0), rows)
-            state = batching.prefill(self.sampler, self.params, state, settings, rows, padded, lengths, keys)
-        return state
+    def prefill(self, first: int, token_threshold: float) -> None:
+        """Puts a batch of prompts into the rows."""
+        config = dataclasses.replace(self.config, token_threshold=token_threshold)
+        for index in range(first, first + self.batch):
+            self.engine.add(Prompt(self.prompts[index], config, index))
+        self.engine.prefill(UNLIMITED)
+        self.engine.forward(0)  # waits for it
 
     def decode(self, token_threshold: float) -> tuple[list[Generation], float, float]:
         """The answers to all prompts, seconds of the prefills and seconds of the loops."""
-        settings = Settings.of(dataclasses.replace(self.config, token_threshold=token_threshold))
         answers, prefill_seconds, loop_seconds = [], 0.0, 0.0
-        names = ("done", "count", "tokens", "offsets", "rounds", "forwards", "tokens_forwarded")
-        with sharding.use(self.mesh, sharding.DECODE_RULES):
-            for first in range(0, len(self.prompts), self.batch):
-                start = time.perf_counter()
-                state = jax.block_until_ready(self.prefilled(self.prompts[first : first + self.batch], settings))
-                middle = time.perf_counter()
-                state, _ = jax.block_until_ready(
-                    self.loop(self.params, state, settings, jnp.int32(2**30), jnp.int32(self.batch))
-                )
-                prefill_seconds += middle - start
-                loop_seconds += time.perf_counter() - middle
-                rows = jax.device_get({name: getattr(state.rows, name) for name in names})
-                answers += [
-                    Generation.of(first + i, {name: x[i] for name, x in rows.items()}, self.model.eos_token_id)
-                    for i in range(self.batch)
-                ]
-        return answers, prefill_seconds, loop_seconds
+        for first in range(0, len(self.prompts), self.batch):
+            start = time.perf_counter()
+            self.prefill(first, token_threshold)
+            middle = time.perf_counter()
+            while self.engine.busy:
+                answers += self.engine.step(UNLIMITED)
+            prefill_seconds += middle - start
+            loop_seconds += time.perf_counter() - middle
+        return sorted(answers, key=lambda answer: answer.index), prefill_seconds, loop_seconds
 
     def seconds_per_forward(self, steps: int) -> float:
-        """Of `steps` steps of the loop, whether rows are done or not: that changes nothing but how far attention reads. Median of three."""
-        settings, taken = Settings.of(self.config), []
-        with sharding.use(self.mesh, sharding.DECODE_RULES):
-            state = jax.block_until_ready(self.prefilled(self.prompts[: self.batch], settings))
-            for _ in range(3):
-                start = time.perf_counter()
-                state, _ = jax.block_until_ready(
-                    self.loop(self.params, state, settings, jnp.int32(steps), jnp.int32(self.batch + 1))
-                )
-                taken.append((time.perf_counter() - start) / steps)
+        """Of `steps` passes of the loop, whether rows are done or not: that changes nothing. Median of three."""
+        self.prefill(0, self.config.token_threshold)
+        taken = []
+        for _ in range(3):
+            start = time.perf_counter()
+            self.engine.forward(steps)
+            taken.append((time.perf_counter() - start) / steps)
+        for row in range(self.batch):
+            self.engine.cancel(row)
         return statistics.median(taken)
 
 
@@ -173,11 +152,8 @@ def tokens_per_forward(answers: Sequence[Generation]) -> float:
 
 def calibrate(case: Case, wanted: float, runs: int = 8) -> float:
     """The token_threshold at which random weights come closest to `wanted` tokens per forward."""
-    low, high, best = (
-        -20.0,
-        0.0,
-        (float("inf"), 1.0),
-    )  # of its logarithm: probabilities of random weights lie around 1 / vocabulary
+    low, high = -20.0, 0.0  # of its logarithm: probabilities of random weights lie around 1 / vocabulary
+    best = (float("inf"), 1.0)
     for _ in range(runs):
         middle = (low + high) / 2
         answers, *_ = case.decode(float(np.exp(middle)))
@@ -201,7 +177,7 @@ def measure(case: Case, token_threshold: float, steps: int, bytes_per_second: fl
         "batch": case.batch,
         "method": case.config.method,
         "speculate": "" if case.config.method == "autoregressive" else case.config.speculate,
-        "window": case.sampler.window,
+        "window": case.engine.sampler.window,
         "token_threshold": token_threshold,
         "tokens": tokens,
         "forwards": forwards,
@@ -340,9 +316,8 @@ def main(argv: Sequence[str] | None = None) -> None:
             result = measure(case, threshold or 0.0, arguments.steps, rate)
             results.append(result)
             print(
-                "batch {batch}, {method} {speculate}: {tokens_per_second:.1f} tokens/s, {ms_per_forward:.2f} ms per forward".format(
-                    **result
-                ),
+                f"batch {batch}, {method} {speculate}: {result['tokens_per_second']:.1f} tokens/s, "
+                f"{result['ms_per_forward']:.2f} ms per forward",
                 flush=True,
             )
     same = all(

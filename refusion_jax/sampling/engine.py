@@ -289,6 +289,14 @@ class Engine:
         self._owner[row], self._left[row] = prompt, 0
         return row
 
+    def prefill(self, passes: int) -> None:
+        """At most so many passes over waiting prompts; `step` begins with it."""
+        for _ in range(passes):
+            if not self._left:
+                break
+            self._state = self._programs.prefill(self._params, self._state, self._next_chunk())
+            self.prefills += 1
+
     def step(self, forwards: int = 1, unfinished: bool = False) -> list[Generation]:
         """At most so many passes over waiting prompts, then over all rows, these until a row is done.
 
@@ -298,11 +306,7 @@ class Engine:
         Returns:
           The finished answers, whose rows are free again.
         """
-        for _ in range(forwards):
-            if not self._left:
-                break
-            self._state = self._programs.prefill(self._params, self._state, self._next_chunk())
-            self.prefills += 1
+        self.prefill(forwards)
         decoding = [row for row, owner in enumerate(self._owner) if owner is not None and row not in self._left]
         if not decoding:
             return []
@@ -328,6 +332,15 @@ class Engine:
         self._owner[row] = None
         self._left.pop(row, None)
         self._state = self._programs.stop(self._state, np.int32(row))
+
+    def forward(self, steps: int) -> None:
+        """So many passes over all rows, whether they are done or not, to be timed."""
+        self._state, _ = self._programs.run(self._params, self._state, np.int32(steps), np.int32(0))
+        jax.block_until_ready(self._state)
+
+    def compiled(self) -> jax.stages.Compiled:
+        """The loop, compiled by itself, to be looked at."""
+        return self._programs.run.lower(self._params, self._state, np.int32(0), np.int32(0)).compile()
 
     @property
     def busy(self) -> int:
