@@ -42,6 +42,11 @@ def init(key: jax.Array, config: ModelConfig, lora: LoraConfig) -> dict:
     return unflatten_dict(adapters)
 
 
+def abstract(config: ModelConfig, lora: LoraConfig) -> dict:
+    """Shapes and types of adapters."""
+    return jax.eval_shape(lambda key: init(key, config, lora), jax.random.key(0))
+
+
 def shardings(config: ModelConfig, lora: LoraConfig, mesh: Mesh) -> dict:
     """Adapters lie on the mesh as the projections they belong to; the rank is never split."""
     specs = _targets(sharding.param_specs(config, sharding.TRAIN_RULES), lora)

@@ -211,9 +211,10 @@ def test_missing_and_foreign_checkpoints_are_named(saved, tmp_path):
     file.write_text(json.dumps({**json.loads(file.read_text()), "format": 99}))
     with pytest.raises(UserError, match="format 99, this version reads 1"):
         orbax.read_meta(tmp_path)
-    file.write_text("not JSON")
-    with pytest.raises(UserError, match="not the metadata of a checkpoint"):
-        orbax.read_meta(tmp_path)
+    for text in ("not JSON", "[]", '{"format": 1}'):
+        file.write_text(text)
+        with pytest.raises(UserError, match="not the metadata of a checkpoint"):
+            orbax.read_meta(tmp_path)
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 
+import chex
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
@@ -109,7 +110,7 @@ def test_back_and_there_is_bit_exact(tmp_path, tie):
     convert.to_huggingface(tmp_path / "run", tmp_path / "exported", say=quiet)
     convert.to_orbax(tmp_path / "exported", tmp_path / "again", say=quiet)
     again = load.load_params(tmp_path / "again", config, make_mesh(1, 4, 2), sharding.TRAIN_RULES)
-    jax.tree.map(np.testing.assert_array_equal, params, again)
+    chex.assert_trees_all_equal(params, again)
 
 
 @pytest.mark.parametrize("name", ["qwen3_tied", "qwen3_untied"])
@@ -274,7 +275,8 @@ def die_at_call(owner, name):
             os.kill(os.getpid(), 9)
         return original(*args, **kwargs)
     setattr(owner, name, counted)
-die_at_call(*{"read": (huggingface.Weights, "read"), "write": (safetensors.Writer, "write"), "rename": (os, "rename")}[where])
+places = {"read": (huggingface.Weights, "read"), "write": (safetensors.Writer, "write"), "rename": (os, "rename")}
+die_at_call(*places[where])
 getattr(convert, command)(source, destination)
 """
 

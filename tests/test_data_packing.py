@@ -65,7 +65,7 @@ def test_companions_are_random():
 
 
 def test_padding_of_the_released_sample(test_data):
-    """At most 3 % padding at 4096 on lengths like the authors' sample's, and the least possible number of rows on the sample."""
+    """At most 3 % padding at 4096 on lengths like the sample's, and as few rows as possible on the sample."""
     tokenizer = load_tokenizer(str(test_data / "tokenizers" / "qwen3"))
     records = json.loads((test_data / "data" / "query_response_100.json").read_text())
     sample = np.array([len(ids) for ids, _ in example_ids(tokenizer, [(r["query"], r["response"]) for r in records])])

@@ -1,6 +1,7 @@
 """Every kind of source gives the same examples, and bad input is named with its place."""
 
 import json
+import os
 
 import numpy as np
 import pytest
@@ -101,6 +102,9 @@ def test_tfds_by_name_and_by_folder(tfds_folder):
     assert sorted(examples(by_name)) == sorted(EXAMPLES[:12])  # TFDS shuffles when it writes
     assert sorted(examples(by_folder)) == sorted(EXAMPLES[12:])
     assert by_name.key() != by_folder.key()
+    for file in (tfds_folder / "qa_pairs" / "1.0.0").iterdir():  # as in another machine's copy
+        os.utime(file, (0, 0))
+    assert open_source(by_folder.config).key() == by_folder.key()
     bad = {
         "split": dict(split="validation", **fields),
         "no field 'question'.*'ask'": dict(query_field="question", response_field="reply"),

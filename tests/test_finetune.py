@@ -1,8 +1,8 @@
-"""From somebody's checkpoint to one's own and back: `init_from`, the fine-tuning config, export, decoding without conversion."""
+"""From somebody's checkpoint to one's own and back: `init_from`, the fine-tuning config, export, decoding."""
 
 import json
 
-import jax
+import chex
 import numpy as np
 import pytest
 import safetensors.numpy
@@ -27,7 +27,10 @@ def tensors_in(folder) -> dict[str, np.ndarray]:
 def finetune(repository, init_from, folder, name, **overrides):
     """Trains folder/name for one step on folder/data.json; returns the config."""
     write_examples(folder / "data.json")
-    argument = f"{repository / 'configs' / 'finetune.py'}:init_from={init_from},data={folder / 'data.json'},tokenizer=bytes,dtype=float32,max_length=64,held_out=0"
+    argument = (
+        f"{repository / 'configs' / 'finetune.py'}:init_from={init_from},data={folder / 'data.json'},tokenizer=bytes,"
+        "dtype=float32,max_length=64,held_out=0"
+    )
     few = {"steps": "1", "batch_size": "8", "mesh.data": "8", "mesh.fsdp": "1", "optimizer.lr": "1e-3"}
     config = load_config(argument, few | overrides)
     train(config, folder / name)
@@ -35,7 +38,7 @@ def finetune(repository, init_from, folder, name, **overrides):
 
 
 def test_fine_tune_export_decode_and_start_from_it_again(reference, repository, tmp_path):
-    """Sizes, RoPE base and weights come from the folder; what training changed is what the export holds and what decodes."""
+    """Sizes, RoPE base and weights come from the folder; what training changed is what is exported and decodes."""
     source = reference / "qwen3_untied" / "model"
     config = finetune(repository, source, tmp_path, "run")
     assert (config.model.num_layers, config.model.vocab_size, config.model.rope_theta) == (4, 768, 5e6)
@@ -50,9 +53,7 @@ def test_fine_tune_export_decode_and_start_from_it_again(reference, repository, 
     assert json.loads((tmp_path / "exported" / "config.json").read_text())["mask_token_id"] == 261
 
     decoder = Decoder.load(str(tmp_path / "exported"), dtype="float32")
-    jax.tree.map(
-        np.testing.assert_array_equal, decoder.params, Decoder.load(str(tmp_path / "run"), dtype="float32").params
-    )
+    chex.assert_trees_all_equal(decoder.params, Decoder.load(str(tmp_path / "run"), dtype="float32").params)
     (answer,) = decoder.generate(["3 and 21"], gen_length=8, slot_size=4, blocks=1, method="autoregressive")
     assert 0 < len(answer.generation.tokens) <= 8
 
@@ -61,7 +62,7 @@ def test_fine_tune_export_decode_and_start_from_it_again(reference, repository, 
     first, second = (
         load.load_params(tmp_path / run, config.model, make_mesh(), sharding.TRAIN_RULES) for run in ("run", "second")
     )
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-8, rtol=1e-6), first, second)
+    chex.assert_trees_all_close(first, second, atol=1e-8, rtol=1e-6)
     assert [json.loads(line)["step"] for line in (tmp_path / "second" / "metrics.jsonl").read_text().splitlines()][
         -1
     ] == 1

@@ -268,7 +268,7 @@ def open_checkpoint(source: str | pathlib.Path, step: int | None) -> tuple[Model
     """Config and parameters of a checkpoint of either kind; adapters come merged into their base."""
     folder = load.locate(source)
     config, (reader, _) = load.load_model_config(folder, step), load.stored(folder, step)
-    adapted = load.adapted(folder, step) if load.is_orbax(folder) else None
+    adapted = load.checked_adapters_of(folder, step) if load.is_orbax(folder) else None
     if adapted is None:
         return config, reader
     settings, base = adapted

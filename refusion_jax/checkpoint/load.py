@@ -155,8 +155,8 @@ def stored(folder: pathlib.Path, step: int | None) -> tuple[Reader, dict[str, tu
     if adapted is None:
         shapes = {path: p.shape for path, p in huggingface.parameters(config).items()}
     else:
-        adapters = jax.eval_shape(lambda key: lora.init(key, config, adapted[0]), jax.random.key(0))
-        shapes = {path: a.shape for path, a in traverse_util.flatten_dict(adapters, sep="/").items()}
+        adapters = traverse_util.flatten_dict(lora.abstract(config, adapted[0]), sep="/")
+        shapes = {path: a.shape for path, a in adapters.items()}
     return stream.StoredParams(orbax.checkpoint_path(folder, step) / "params", shapes), shapes
 
 
@@ -220,7 +220,7 @@ def check_base(base: Base) -> None:
     )
 
 
-def adapted(folder: pathlib.Path, step: int | None) -> tuple[LoraConfig, Base] | None:
+def checked_adapters_of(folder: pathlib.Path, step: int | None) -> tuple[LoraConfig, Base] | None:
     """`adapters_of` a checkpoint, with the base checked.
 
     Raises:
@@ -272,7 +272,7 @@ def load_params(
         check_architecture(weights.config, config, source)
         return huggingface.load_params(weights, config, mesh, rules, dtype)
     check_architecture(ModelConfig(**orbax.read_meta(folder, step)["model"]), config, source)
-    found = adapted(folder, step)
+    found = checked_adapters_of(folder, step)
     if found is None:
         return orbax.restore_params(folder, config, mesh, rules, dtype=dtype, step=step)
     settings, base = found

@@ -139,7 +139,7 @@ def read_meta(folder: str | pathlib.Path, step: int | None = None) -> dict:
             )
         _check_known(meta, path)
         return meta
-    except (OSError, json.JSONDecodeError, KeyError) as error:
+    except (OSError, json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{path} is not the metadata of a checkpoint of this project ({error!r}).") from None
 
 
@@ -192,8 +192,7 @@ def restore_adapters(
     folder: str | pathlib.Path, config: ModelConfig, adapters: LoraConfig, mesh: Mesh, step: int | None = None
 ) -> dict:
     """Sharded adapters of a checkpoint that holds no more; otherwise as `restore_params`."""
-    abstract = jax.eval_shape(lambda key: lora.init(key, config, adapters), jax.random.key(0))
-    return _restore(folder, abstract, lora.shardings(config, adapters, mesh), None, step)
+    return _restore(folder, lora.abstract(config, adapters), lora.shardings(config, adapters, mesh), None, step)
 
 
 def _restore(folder, abstract: dict, shardings: dict, dtype: Any, step: int | None) -> dict:
