@@ -1,11 +1,15 @@
-"""Compiles the real training step, or a decoding step, for a TPU topology on a machine without one, or for the local devices.
+"""Compiles the real training step, or the decoding loop, for TPUs or GPUs on a machine without any, or for this one.
 
     python tools/compile_step.py --config configs/8b.py --topology v5p:4x4x4 --config.mesh.data=4
-    python tools/compile_step.py --config configs/8b.py --topology v6e:2x4 --decode --batch 32 --config.mesh.fsdp=1 --config.mesh.tensor=-1
     python tools/compile_step.py --config configs/8b.py --topology v5p:4x4x4 --slices 2 --config.mesh.data=8
+    python tools/compile_step.py --config configs/8b.py --topology v6e:2x4 --decode --config.mesh.tensor=8
+    python tools/compile_step.py --config configs/8b.py --topology h100:2x8 --config.mesh.data=2
+    python tools/compile_step.py --config configs/8b.py --topology h100:1 --decode --batch 1
 
-Prints the memory of one device against the chip's, the collectives by kind and mesh axis, the work by formula, and a lower bound
-of the step's time with what limits it. TPU topologies need libtpu: pip install 'refusion_jax[tpu]'.
+Prints the memory of one device against the chip's, the collectives by kind and mesh axis, what one forward pass (or
+microbatch) launches, moves and copies, the work by formula, and a lower bound of the step's time with what limits it.
+TPU topologies need libtpu: pip install 'refusion_jax[tpu]'. GPUs need XLA's compiler for them: 'refusion_jax[cuda]'.
+Not seen without a device: what autotuning would choose, the scratch memory of libraries, times.
 """
 
 import argparse
@@ -13,36 +17,34 @@ import collections
 import dataclasses
 import json
 import math
-import os
 import pathlib
 import re
 import sys
 import time
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
-# Read by libtpu when it is loaded: it is only to compile, beside others that do so, and not to look for TPUs.
-os.environ.update(TPU_SKIP_MDS_QUERY="1", ALLOW_MULTIPLE_LIBTPU_LOAD="1", TPU_WORKER_HOSTNAMES="localhost")
 
 import jax
 import jax.numpy as jnp
+import roofline
+from collectives import Collective, collective_list
 from flax import linen as nn
-from jax.experimental import topologies
+from hlo import Program
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from targets import topology_devices
 
 from refusion_jax import step as steps_lib
 from refusion_jax.config import Config, add_config_arguments, parse_config
 from refusion_jax.data.tokenizers import load_tokenizer
 from refusion_jax.errors import UserError, run_main
-from refusion_jax.metrics import flops, roofline
-from refusion_jax.metrics.hlo import Collective, collective_list
-from refusion_jax.model.cache import KVCache
+from refusion_jax.metrics import flops
 from refusion_jax.model.config import ModelConfig
-from refusion_jax.objective.slots import PackedBatch
+from refusion_jax.model.qwen3 import unstacked
+from refusion_jax.objective.common import PackedBatch
 from refusion_jax.parallel import sharding
 from refusion_jax.parallel.mesh import make_mesh
-from refusion_jax.sampling import batching
-from refusion_jax.sampling.config import SamplerConfig, Settings
-from refusion_jax.sampling.state import State
+from refusion_jax.sampling import engine
+from refusion_jax.sampling.config import METHODS, SamplerConfig
 from refusion_jax.train import with_tokenizer
 
 EXAMPLES_PER_ROW = 32  # where the config leaves it to the data
@@ -56,43 +58,19 @@ class Work:
       tokens: useful tokens of the whole program's call, all devices.
       model_flops: operations that the result needs, all devices.
       flops: operations of one device, recomputation included.
-      bytes: that the memory of one device moves.
+      bytes: that the memory of one device moves at least.
+      layers: of the model.
+      parts: microbatches of a training step, done one after the other; None: the program is a loop, and this one round.
+      least: bytes of the smallest matrix, or of one layer's keys, that one device holds.
     """
 
     tokens: float
     model_flops: float
     flops: float
     bytes: float
-
-
-def topology_devices(name: str, slices: int = 1) -> list:
-    """Devices of a TPU topology such as v5p:4x4x4 (chips), or of this machine for "local".
-
-    Raises:
-      UserError: no such topology, or no compiler for it on this machine.
-    """
-    if name == "local":
-        return jax.devices()
-    if not re.fullmatch(r"v[\w]+:\d+(x\d+){1,2}|tpu7x:\d+x\d+x\d+", name):
-        raise UserError(
-            f"Topology {name!r} is not of the form GENERATION:CHIPSxCHIPS, such as v5e:16x16, v5p:4x4x4, v6e:8x8 or "
-            "tpu7x:4x4x4; or give local."
-        )
-    one_host = {"v5e:1x1": (1, 1, 1), "v6e:1x1": (1, 1, 1)}.get(name)
-    try:
-        options = {"num_slices": slices} if slices > 1 else {}
-        options |= {"chips_per_host_bounds": one_host} if one_host else {}
-        return topologies.get_topology_desc(platform="tpu", topology_name=name, **options).devices
-    except Exception as error:  # libtpu has no types for these
-        if "libtpu" in str(error) or isinstance(error, NotImplementedError):
-            raise UserError(
-                "Compiling for TPUs needs libtpu, which cannot be loaded here; pip install 'refusion_jax[tpu]' (on "
-                "Linux)."
-            ) from error
-        raise UserError(
-            f"There is no TPU topology {name!r} ({str(error).splitlines()[0]}). Examples: v5e:2x2 to v5e:16x16, "
-            "v5p:2x2x1 to v5p:8x16x16, v6e:2x2 to v6e:16x16, tpu7x:4x4x4."
-        ) from error
+    layers: int
+    parts: int | None
+    least: int
 
 
 def train_program(config: Config, mesh: Mesh) -> tuple[jax.stages.Lowered, Work]:
@@ -111,65 +89,96 @@ def train_program(config: Config, mesh: Mesh) -> tuple[jax.stages.Lowered, Work]
     again = flops.recomputed_flops(config.model, tokens, pairs)
     split, tensor = mesh.shape["data"] * mesh.shape["fsdp"], mesh.shape["tensor"]
     moved = roofline.train_bytes(config.model, tokens / split, config.accumulation, mesh.shape["fsdp"] * tensor, tensor)
-    return program.train.lower(program.abstract_state, batch), Work(tokens, needed, (needed + again) / mesh.size, moved)
+    work = Work(
+        tokens,
+        needed,
+        (needed + again) / mesh.size,
+        moved,
+        config.model.num_layers,
+        config.accumulation,
+        smallest_matrix(config.model, mesh.shape["fsdp"] * tensor),
+    )
+    return program.train.lower(program.abstract_state, batch), work
+
+
+def smallest_matrix(model: ModelConfig, shards: int) -> int:
+    """Bytes in bfloat16 that one of so many devices holds of a layer's smallest matrix."""
+    return 2 * model.hidden_size * model.num_kv_heads * model.head_dim // shards
 
 
 def decode_program(
     config: Config, mesh: Mesh, sampler_config: SamplerConfig, batch: int, prompt_length: int
 ) -> tuple[jax.stages.Lowered, Work]:
-    """The decoding loop over `batch` rows with prompts of up to `prompt_length` tokens, and the work of one forward pass."""
+    """The decoding loop over `batch` rows with prompts of up to `prompt_length` tokens, and the work of one pass."""
     shards = mesh.shape["data"] * mesh.shape["fsdp"]
     if batch % shards:
         raise UserError(
             f"--batch {batch} does not split over the mesh's data x fsdp = {shards} devices. Set --config.mesh.fsdp=1 "
             "--config.mesh.tensor=-1, or take a multiple."
         )
-    model = config.model
-    with sharding.use(mesh, sharding.DECODE_RULES):
-        sampler = batching.make_sampler(model, sampler_config, batch)
-    cache_length = batching.bucket(prompt_length) + sampler_config.length + sampler.window
-    place = lambda abstract, shard: jax.ShapeDtypeStruct(abstract.shape, abstract.dtype, sharding=shard)
-    weights = jax.tree.map(
-        lambda p, shard: jax.ShapeDtypeStruct(p.shape, model.dtype, sharding=shard),
-        nn.unbox(sharding.abstract_params(model)),
-        sharding.param_shardings(model, mesh, sharding.DECODE_RULES),
-    )
-    rows = NamedSharding(mesh, PartitionSpec(("data", "fsdp")))
-    cache = NamedSharding(mesh, PartitionSpec(None, ("data", "fsdp"), "tensor"))
-    state = jax.eval_shape(lambda: sampler.empty(batch, cache_length))
-    state = State(
-        cache=KVCache(
-            k=place(state.cache.k, cache), v=place(state.cache.v, cache), length=place(state.cache.length, rows)
-        ),
-        rows=jax.tree.map(lambda a: place(a, rows), state.rows),
-    )
-    everywhere = sharding.replicated(mesh)
-    settings = jax.tree.map(lambda a: place(a, everywhere), Settings.of(sampler_config))
-    scalar = jax.ShapeDtypeStruct((), jnp.int32, sharding=everywhere)
-    with sharding.use(mesh, sharding.DECODE_RULES):
-        lowered = batching.run.lower(sampler, weights, state, settings, scalar, scalar)
-    tokens = batch * sampler.window
-    needed = (
-        2 * flops.matmul_params(model) * tokens
-        + 4 * model.num_layers * model.num_heads * model.head_dim * tokens * cache_length
-    )
-    return lowered, Work(
+    sampler = engine.make_sampler(config.model, sampler_config, batch, mesh)
+    model = sampler.model
+    filled = prompt_length + sampler.length
+    weights = decode_weights(model, mesh)
+    state = decode_state(sampler, mesh, batch, engine.cache_bucket(filled + sampler.window))
+    scalar = jax.ShapeDtypeStruct((), jnp.int32, sharding=sharding.replicated(mesh))
+    lowered = engine.programs(sampler, mesh).run.lower(weights, state, scalar, scalar)
+    tokens, tensor = batch * sampler.window, mesh.shape["tensor"]
+    attention = 4 * model.num_layers * model.num_heads * model.head_dim * tokens * filled
+    needed = 2 * flops.matmul_params(model) * tokens + attention
+    keys = jax.tree.leaves(state.cache.k)[0]
+    layer = math.prod(keys.sharding.shard_shape(keys.shape)[-4:]) * keys.dtype.itemsize
+    work = Work(
         tokens,
         needed,
         needed / mesh.size,
-        roofline.decode_bytes(model, batch / shards, cache_length, mesh.shape["tensor"]),
+        roofline.decode_bytes(model, batch / shards, filled, tensor),
+        model.num_layers,
+        None,
+        min(layer, smallest_matrix(model, tensor)),
     )
+    return lowered, work
 
 
-def compile_program(lowered: jax.stages.Lowered, where: str) -> tuple[jax.stages.Compiled, float]:
+def decode_weights(model: ModelConfig, mesh: Mesh) -> dict:
+    """Abstract parameters of a decoding model, in its compute dtype, as they lie on the mesh."""
+    stacked = nn.unbox(sharding.abstract_params(model))
+    specs = sharding.param_specs(model, sharding.DECODE_RULES)
+    sharding.check_model(model, mesh)
+    place = lambda p, spec: jax.ShapeDtypeStruct(p.shape, model.dtype, sharding=NamedSharding(mesh, spec))
+    if model.scan_layers:
+        return jax.tree.map(place, stacked, specs)
+    one = lambda spec: PartitionSpec(*spec[1:])
+    layer = jax.tree.map(one, specs["layers"], is_leaf=lambda x: isinstance(x, PartitionSpec))
+    each = jax.eval_shape(unstacked, stacked)
+    return jax.tree.map(place, each, {name: specs.get(name, layer) for name in each})
+
+
+def decode_state(sampler, mesh: Mesh, batch: int, cache_length: int):
+    """The abstract state of an empty batch, as it lies on the mesh."""
+    with sharding.use(mesh, sharding.DECODE_RULES):
+        state = jax.eval_shape(lambda: engine.empty(sampler, batch, cache_length))
+    rows = ("data", "fsdp")
+    place = lambda x, *spec: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(mesh, PartitionSpec(*spec)))
+    entries = lambda x: place(x, *(None,) * (x.ndim - 4), rows, "tensor")
+    k, v = jax.tree.map(entries, (state.cache.k, state.cache.v))
+    cache = state.cache.replace(k=k, v=v, length=place(state.cache.length, rows))
+    return state.replace(cache=cache, rows=jax.tree.map(lambda x: place(x, rows), state.rows))
+
+
+def compile_program(lowered: jax.stages.Lowered, where: str, mesh: Mesh) -> tuple[jax.stages.Compiled, float]:
     """The compiled program and the seconds that took.
 
     Raises:
       UserError: it does not fit the device's memory; the message says by how much.
     """
+    kind = mesh.devices.flat[0].device_kind
+    # Choosing among kernels by their times needs the device.
+    absent = flops.CHIPS.get(kind) and flops.CHIPS[kind].gpu and jax.default_backend() != "gpu"
+    options = {"xla_gpu_autotune_level": "0"} if absent else None
     start = time.perf_counter()
     try:
-        compiled = lowered.compile()
+        compiled = lowered.compile(options)
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
@@ -180,11 +189,17 @@ def compile_program(lowered: jax.stages.Lowered, where: str) -> tuple[jax.stages
 def out_of_memory(message: str, where: str) -> str:
     """One paragraph from the compiler's, with the bytes that are missing."""
     sizes = re.search(r"\(?([\d.]+)G\)? (?:exceeds available HBM \(|of )([\d.]+)G", message)
-    fixes = "Shard the parameters over more devices (config.mesh), raise config.accumulation, use config.model.remat = 'full', lower config.objective.loss_chunk, or take a larger topology."
+    fixes = (
+        "Shard the parameters over more devices (config.mesh), raise config.accumulation, use config.model.remat = "
+        "'full', or take a larger topology."
+    )
     if not sizes:
         return f"The program does not fit the memory of a device of {where}: {message.splitlines()[0]} {fixes}"
     need, have = map(float, sizes.groups())
-    return f"The program needs at least {need:.2f} GiB on each device of {where}, which has {have:.2f} GiB: {need - have:.2f} GiB are missing. {fixes}"
+    return (
+        f"The program needs at least {need:.2f} GiB on each device of {where}, which has {have:.2f} GiB: "
+        f"{need - have:.2f} GiB are missing. {fixes}"
+    )
 
 
 def shardings(config: ModelConfig) -> str:
@@ -210,7 +225,8 @@ def report(compiled: jax.stages.Compiled, mesh: Mesh, work: Work) -> dict:
     memory = compiled.memory_analysis()
     kind = mesh.devices.flat[0].device_kind
     chip = flops.CHIPS.get(kind)
-    collectives = collective_list(compiled.as_text(), mesh)
+    program = Program(compiled.as_text())
+    collectives = collective_list(program, mesh)
     seconds = roofline.estimate(mesh, kind, work.flops, work.bytes, collectives)
     result = {
         "devices": mesh.size,
@@ -228,12 +244,31 @@ def report(compiled: jax.stages.Compiled, mesh: Mesh, work: Work) -> dict:
         "model_flops": work.model_flops,
         "device_flops": work.flops,
         "device_bytes": work.bytes,
+        **launched(program, work),
         "seconds": seconds,
     }
     if seconds:
         result["tokens_per_second"] = work.tokens / seconds["step"]
         result["mfu_bound"] = work.model_flops / (seconds["step"] * chip.peak_flops * mesh.size)
     return result
+
+
+def launched(program: Program, work: Work) -> dict:
+    """What one forward pass of decoding, or one microbatch of training, launches, moves and copies on a device."""
+    computation = program.outer_loop() if work.parts is None else "ENTRY"
+    found, parts = program.work(computation, work.least), work.parts or 1
+    in_layer = [
+        runs for _, i, runs in program.kernels(computation) if re.search(r'op_name="[^"]*/layers?(_\d+)?/', i.text)
+    ]
+    return {
+        "kernels": found.kernels / parts,
+        "kernels_per_layer": sum(in_layer) / parts / work.layers,
+        "dynamic_loops": found.dynamic_loops / parts,
+        "conditionals": found.conditionals / parts,
+        "copied_bytes": found.copied_bytes / parts,
+        "moved_bytes": found.moved_bytes / parts,
+        "moved_ratio": found.moved_bytes / work.bytes,
+    }
 
 
 def summary(collectives: list[Collective]) -> list[dict]:
@@ -260,7 +295,10 @@ def describe(result: dict) -> str:
     gib = lambda size: f"{size / 2**30:.2f} GiB"
     mesh = " x ".join(f"{name} {size}" for name, size in result["mesh"].items())
     lines = [f"{result['program']} on {result['topology']}: {result['devices']} x {result['device_kind']}, mesh {mesh}"]
-    memory = f"arguments {gib(result['argument_bytes'])}, temporaries {gib(result['temporary_bytes'])}, peak {gib(result['peak_bytes'])}"
+    memory = ", ".join(
+        f"{what} {gib(result[key])}"
+        for what, key in (("arguments", "argument_bytes"), ("temporaries", "temporary_bytes"), ("peak", "peak_bytes"))
+    )
     if result["chip_bytes"]:
         spare = result["chip_bytes"] - result["peak_bytes"]
         memory += f" of {gib(result['chip_bytes'])}: " + (
@@ -276,6 +314,12 @@ def describe(result: dict) -> str:
     lines.append(
         f"work: {result['model_flops']:.3g} FLOP for {result['tokens']:.0f} tokens; each device "
         f"{result['device_flops']:.3g} FLOP, {result['device_bytes'] / 1e9:.1f} GB of memory traffic (formula)"
+    )
+    lines.append(
+        f"one {'forward pass' if result['decoding'] else 'microbatch'} on a device: {result['kernels']:.0f} kernels "
+        f"({result['kernels_per_layer']:.1f} per layer), {result['dynamic_loops']:g} loops of unknown length, "
+        f"{result['conditionals']:g} conditionals; moves {result['moved_bytes'] / 1e9:.1f} GB "
+        f"({result['moved_ratio']:.2f} of the formula), copies {result['copied_bytes'] / 1e9:.2f} GB of its arguments"
     )
     if result["seconds"]:
         seconds = ", ".join(
@@ -293,14 +337,18 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_config_arguments(parser)
     parser.add_argument(
-        "--topology", default="local", help="such as v5p:4x4x4 (chips), or local: this machine's devices"
+        "--topology",
+        default="local",
+        help="v5p:4x4x4 (TPU chips), h100:8 (GPUs of one host), h100:2x8 (hosts x GPUs) and the like, or local: this "
+        "machine's devices",
     )
-    parser.add_argument("--slices", type=int, default=1, help="slices of that topology, joined by the network")
+    parser.add_argument("--slices", type=int, default=1, help="slices of a TPU topology, joined by the network")
     parser.add_argument(
         "--decode",
         action="store_true",
         help="the decoding loop instead of the training step (GSM8K settings); figures are per forward pass",
     )
+    parser.add_argument("--method", default=METHODS[0], choices=METHODS, help="of decoding")
     parser.add_argument("--batch", type=int, default=32, help="rows to decode")
     parser.add_argument("--prompt-length", type=int, default=512, help="longest prompt to decode")
     parser.add_argument("--json", type=pathlib.Path, metavar="FILE", help="write the figures there too")
@@ -317,19 +365,23 @@ def main() -> None:
     mesh = make_mesh(**dataclasses.asdict(config.mesh), devices=devices)
     where = arguments.topology if arguments.slices == 1 else f"{arguments.slices} slices of {arguments.topology}"
     if arguments.decode:
-        sampler = SamplerConfig()
+        sampler = SamplerConfig(method=arguments.method)
         lowered, work = decode_program(config, mesh, sampler, arguments.batch, arguments.prompt_length)
-        settings = f"{arguments.batch} rows"
-        program = f"decoding with {arguments.config} ({arguments.batch} rows, prompts of {arguments.prompt_length}, answers of {sampler.length})"
+        settings = f"{arguments.batch} rows, {arguments.method}"
+        program = (
+            f"decoding with {arguments.config} ({settings}, prompts of {arguments.prompt_length}, answers of "
+            f"{sampler.length})"
+        )
     else:
         lowered, work = train_program(config, mesh)
         settings = f"accumulation {config.accumulation}, remat {config.model.remat}"
         program = (
             f"training step of {arguments.config} ({config.batch_size} rows of {config.data.max_length}, {settings})"
         )
-    compiled, seconds = compile_program(lowered, where)
+    compiled, seconds = compile_program(lowered, where, mesh)
     result = {
         "program": program,
+        "decoding": arguments.decode,
         "settings": settings,
         "topology": where,
         "compile_seconds": seconds,

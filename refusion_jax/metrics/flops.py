@@ -9,6 +9,27 @@ from refusion_jax.model.config import ModelConfig
 
 
 @dataclasses.dataclass(frozen=True)
+class Gpu:
+    """What XLA's compiler wants to know of an NVIDIA GPU besides. Sizes are in bytes.
+
+    Attributes:
+      cores: multiprocessors.
+      lanes: float32 units of a multiprocessor.
+      clock: GHz.
+      cache: L2.
+      shared_memory: of a multiprocessor; a block of threads may use all but 1 KiB.
+      capability: the compute capability, (major, minor).
+    """
+
+    cores: int
+    lanes: int
+    clock: float
+    cache: int
+    shared_memory: int
+    capability: tuple[int, int]
+
+
+@dataclasses.dataclass(frozen=True)
 class Chip:
     """Data-sheet figures of one JAX device.
 
@@ -18,6 +39,7 @@ class Chip:
       bandwidth: bytes per second of device memory.
       link: bytes per second and direction of one link to a neighbour (TPU), or of all links inside a machine (GPU).
       network: bytes per second to devices of other slices or machines.
+      gpu: of a GPU.
     """
 
     peak_flops: float
@@ -25,8 +47,10 @@ class Chip:
     bandwidth: float
     link: float
     network: float
+    gpu: Gpu | None = None
 
 
+HOPPER = Gpu(132, 128, 1.98, 50 * 2**20, 228 * 2**10, (9, 0))
 # By jax.Device.device_kind. A TPU7x chip is two devices, which share its links.
 CHIPS = {
     "TPU v4": Chip(275e12, 30.75 * 2**30, 1.2e12, 45e9, 3.1e9),
@@ -34,9 +58,12 @@ CHIPS = {
     "TPU v5": Chip(459e12, 95.74 * 2**30, 2.77e12, 90e9, 6.2e9),
     "TPU v6 lite": Chip(918e12, 31.25 * 2**30, 1.64e12, 90e9, 12.5e9),
     "TPU7x": Chip(1153.5e12, 94.75 * 2**30, 3.69e12, 50e9, 6.2e9),
-    "NVIDIA A100-SXM4-80GB": Chip(312e12, 80e9, 2.04e12, 300e9, 25e9),
-    "NVIDIA H100 80GB HBM3": Chip(989e12, 80e9, 3.35e12, 450e9, 50e9),
-    "NVIDIA H200": Chip(989e12, 141e9, 4.8e12, 450e9, 50e9),
+    "NVIDIA A100-SXM4-80GB": Chip(
+        312e12, 80e9, 2.04e12, 300e9, 25e9, Gpu(108, 64, 1.41, 40 * 2**20, 164 * 2**10, (8, 0))
+    ),
+    "NVIDIA H100 80GB HBM3": Chip(989e12, 80e9, 3.35e12, 450e9, 50e9, HOPPER),
+    "NVIDIA H200": Chip(989e12, 141e9, 4.8e12, 450e9, 50e9, HOPPER),
+    "NVIDIA B200": Chip(2250e12, 180e9, 8e12, 900e9, 50e9, Gpu(148, 128, 1.965, 126 * 2**20, 228 * 2**10, (10, 0))),
 }
 
 

@@ -1,13 +1,13 @@
-"""A lower bound of a step's time: compute, device memory and interconnect, each at its data-sheet rate and fully overlapped."""
+"""A lower bound of a step's time: compute, device memory and interconnect, at data-sheet rates and fully overlapped."""
 
 import functools
 import math
 
 import numpy as np
+from collectives import Collective
 from jax.sharding import Mesh
 
 from refusion_jax.metrics.flops import CHIPS, Chip
-from refusion_jax.metrics.hlo import Collective
 from refusion_jax.model.config import ModelConfig
 
 
@@ -32,9 +32,12 @@ def train_bytes(config: ModelConfig, tokens: float, microbatches: int, shards: i
     return optimizer + microbatches * weights + tokens * (2 * passes * c.num_layers * layer + logits)
 
 
-def decode_bytes(config: ModelConfig, rows: float, cache_length: int, tensor: int, itemsize: int = 2) -> float:
-    """Bytes that one device's memory moves in a forward pass of decoding: every weight once, and the rows' cache when it is full."""
-    cache = 2 * config.num_layers * config.num_kv_heads * config.head_dim * cache_length * rows
+def decode_bytes(config: ModelConfig, rows: float, entries: int, tensor: int, itemsize: int = 2) -> float:
+    """Bytes that one device's memory moves in a forward pass of decoding.
+
+    Every weight is read once, and so many entries of each row's cache.
+    """
+    cache = 2 * config.num_layers * config.num_kv_heads * config.head_dim * entries * rows
     lookup = 0 if config.tie_embeddings else config.vocab_size * config.hidden_size
     return itemsize * (config.num_params() - lookup + cache) / tensor
 
