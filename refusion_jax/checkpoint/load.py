@@ -208,15 +208,15 @@ def check_base(base: Base) -> None:
     if not base.fingerprint:
         say(f"the adapters do not say on which weights of {base.source} they were trained; the latest are taken")
         return
-    reason = "its weights are others now"
+    reason = "Its weights are others now."
     try:
         if fingerprint(base.source, base.step) == base.fingerprint:
             return
     except UserError as error:
         reason = str(error)
     raise UserError(
-        f"Adapters were trained on {base}, and mean nothing on other weights, but {reason.rstrip('.')}. Put the base "
-        "back as it was. (A base that is to be trained on is copied or converted first.)"
+        f"Adapters were trained on {base}, and mean nothing on other weights. {reason} Put the base back as it was. (A "
+        "base that is to be trained on is copied or converted first.)"
     )
 
 
