@@ -14,26 +14,11 @@ from ml_collections import ConfigDict
 
 from refusion_jax.errors import UserError
 from refusion_jax.model.config import ModelConfig, from_huggingface, qwen3
-from refusion_jax.settings import build
+from refusion_jax.objective.autoregressive import Autoregressive
+from refusion_jax.objective.refusion import Refusion
+from refusion_jax.settings import build, choice, not_negative, positive
 
 SOURCE_KINDS = ("json", "jsonl", "tfds", "parquet", "array_record", "text", "procedural")
-
-
-def _positive(where: str, config: Any, *names: str) -> None:
-    for name in names:
-        if getattr(config, name) <= 0:
-            raise UserError(f"{where}.{name} is {getattr(config, name)}; it must be greater than 0.")
-
-
-def _not_negative(where: str, config: Any, *names: str) -> None:
-    for name in names:
-        if getattr(config, name) < 0:
-            raise UserError(f"{where}.{name} is {getattr(config, name)}; it must not be negative.")
-
-
-def _choice(where: str, config: Any, name: str, allowed: tuple[str, ...]) -> None:
-    if getattr(config, name) not in allowed:
-        raise UserError(f"{where}.{name} is {getattr(config, name)!r}; choose one of {', '.join(allowed)}.")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,8 +51,8 @@ class SourceConfig:
     options: tuple[tuple[str, Any], ...] = ()
 
     def __post_init__(self):
-        _choice("data source", self, "kind", SOURCE_KINDS)
-        _positive("data source", self, "weight", "size")
+        choice("data source", self, "kind", SOURCE_KINDS)
+        positive("data source", self, "weight", "size")
         if not 0 <= self.start < self.stop <= 1:
             raise UserError(
                 f"data source {self.path}: start = {self.start} and stop = {self.stop} are fractions with 0 <= start "
@@ -98,38 +83,8 @@ class DataConfig:
     allow_change: bool = False
 
     def __post_init__(self):
-        _positive("data", self, "max_length")
-        _not_negative("data", self, "max_examples_per_row")
-
-
-@dataclasses.dataclass(frozen=True)
-class ObjectiveConfig:
-    """The hybrid objective (method sections 2 and 3).
-
-    Attributes:
-      masking: released (each slot with probability q) or paper (floor(t K) slots).
-      normalisation: released (token mean; 1 / (q R) weights) or paper (means over examples).
-      ar_weight, mdm_weight: weights of the two terms.
-      mdm_weight_cap: upper bound of 1 / q in the released weights 1 / (q R); 0: none.
-      slot_sizes: one is drawn uniformly for each example.
-      loss_chunk: tokens per row whose logits exist at a time.
-    """
-
-    masking: str = "released"
-    normalisation: str = "released"
-    ar_weight: float = 1.0
-    mdm_weight: float = 1.0
-    mdm_weight_cap: float = 0.0
-    slot_sizes: tuple[int, ...] = (4, 8, 16, 32)
-    loss_chunk: int = 256
-
-    def __post_init__(self):
-        _choice("objective", self, "masking", ("released", "paper"))
-        _choice("objective", self, "normalisation", ("released", "paper"))
-        _positive("objective", self, "loss_chunk")
-        if not self.slot_sizes or min(self.slot_sizes) < 1:
-            raise UserError(f"objective.slot_sizes is {self.slot_sizes}; give at least one slot size, each at least 1.")
-        _not_negative("objective", self, "ar_weight", "mdm_weight", "mdm_weight_cap")
+        positive("data", self, "max_length")
+        not_negative("data", self, "max_examples_per_row")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -146,9 +101,9 @@ class OptimizerConfig:
     clip_norm: float = 1.0
 
     def __post_init__(self):
-        _choice("optimizer", self, "schedule", ("cosine", "constant"))
-        _positive("optimizer", self, "lr", "eps", "clip_norm")
-        _not_negative("optimizer", self, "warmup_steps", "weight_decay", "b1", "b2")
+        choice("optimizer", self, "schedule", ("cosine", "constant"))
+        positive("optimizer", self, "lr", "eps", "clip_norm")
+        not_negative("optimizer", self, "warmup_steps", "weight_decay", "b1", "b2")
         if max(self.b1, self.b2) >= 1:
             raise UserError(
                 f"optimizer.b1 = {self.b1} and optimizer.b2 = {self.b2} are decay rates; they must be below 1."
@@ -185,7 +140,7 @@ class LoraConfig:
             raise UserError(f"lora.rank is {self.rank}; use 0 for none, or a positive rank.")
         if self.rank and (not self.targets or set(self.targets) - set(names)):
             raise UserError(f"lora.targets is {self.targets}; choose from {', '.join(names)}.")
-        _choice("lora", self, "base_dtype", ("float32", "bfloat16"))
+        choice("lora", self, "base_dtype", ("float32", "bfloat16"))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -193,6 +148,7 @@ class Config:
     """A training run.
 
     Attributes:
+      objective: what is learned; its `kind`, "refusion" or "autoregressive", says which settings there are.
       init_from: weights to start from: a Hugging Face folder or name, or a checkpoint folder; empty: random ones.
         Weights only; a run is continued by starting it again with the same --workdir.
       steps: optimizer steps; 0: as many as `epochs` take.
@@ -206,7 +162,7 @@ class Config:
 
     model: ModelConfig
     data: DataConfig
-    objective: ObjectiveConfig = ObjectiveConfig()
+    objective: Refusion | Autoregressive = Refusion()
     optimizer: OptimizerConfig = OptimizerConfig()
     mesh: MeshConfig = MeshConfig()
     lora: LoraConfig = LoraConfig()
@@ -226,8 +182,8 @@ class Config:
     profile: int = 0
 
     def __post_init__(self):
-        _positive("config", self, "batch_size", "accumulation", "log_every", "keep_last")
-        _not_negative(
+        positive("config", self, "batch_size", "accumulation", "log_every", "keep_last")
+        not_negative(
             "config",
             self,
             "steps",

@@ -31,7 +31,6 @@ def recipe(size: str, argument: str, *, mesh: dict, accumulation: int = 1, remat
                 evaluation=[dict(kind=kind, path=arg.data, start=0.99)],
                 max_length=4096,
             ),
-            objective=dict(loss_chunk=256),
             optimizer=dict(lr=2e-5, schedule="cosine", b1=0.9, b2=0.999, eps=1e-8, weight_decay=0.0, clip_norm=1.0),
             mesh=mesh,
             steps=arg.steps,

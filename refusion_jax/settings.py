@@ -12,7 +12,8 @@ def build(cls: type, value: Any, where: str) -> Any:
     """A nested dict as a dataclass.
 
     Args:
-      cls: a dataclass whose fields have types that JSON knows, tuples, or dataclasses.
+      cls: a dataclass whose fields have types that JSON knows, tuples, dataclasses, or one of several dataclasses, of
+        which each has a field `kind` with another default.
       value: the dict; lists stand for tuples, whole numbers for floats.
       where: what it is called, in messages.
 
@@ -36,9 +37,40 @@ def build(cls: type, value: Any, where: str) -> Any:
     return cls(**{name: _convert(hints[name], item, f"{where}.{name}") for name, item in value.items()})
 
 
+def positive(where: str, config: Any, *names: str) -> None:
+    """Raises a UserError unless these fields of a group of settings are greater than 0."""
+    for name in names:
+        if getattr(config, name) <= 0:
+            raise UserError(f"{where}.{name} is {getattr(config, name)}; it must be greater than 0.")
+
+
+def not_negative(where: str, config: Any, *names: str) -> None:
+    """Raises a UserError where one of these fields of a group of settings is less than 0."""
+    for name in names:
+        if getattr(config, name) < 0:
+            raise UserError(f"{where}.{name} is {getattr(config, name)}; it must not be negative.")
+
+
+def choice(where: str, config: Any, name: str, allowed: tuple[str, ...]) -> None:
+    """Raises a UserError unless the field is one of the allowed values."""
+    if getattr(config, name) not in allowed:
+        raise UserError(f"{where}.{name} is {getattr(config, name)!r}; choose one of {', '.join(allowed)}.")
+
+
+def _of_kind(classes: tuple[type, ...], value: Any, where: str) -> Any:
+    """A group of settings whose `kind` says which of the dataclasses it is; the first one if it does not say."""
+    kinds = {cls.kind: cls for cls in classes}
+    kind = value.get("kind", classes[0].kind) if isinstance(value, dict) else classes[0].kind
+    if kind not in kinds:
+        raise UserError(f"{where}.kind is {kind!r}; choose one of {', '.join(kinds)}.")
+    return build(kinds[kind], value, where)
+
+
 def _convert(hint: Any, value: Any, where: str) -> Any:
     if dataclasses.is_dataclass(hint):
         return build(hint, value, where)
+    if all(map(dataclasses.is_dataclass, typing.get_args(hint) or [None])):
+        return _of_kind(typing.get_args(hint), value, where)
     if typing.get_origin(hint) is tuple:
         if isinstance(value, dict):  # options of a task
             value = list(value.items())

@@ -12,14 +12,11 @@ from flax import linen as nn
 from flax import struct
 from jax.sharding import Mesh
 
-from refusion_jax import lora
+from refusion_jax import keys, lora
 from refusion_jax.config import Config, OptimizerConfig
 from refusion_jax.errors import UserError
-from refusion_jax.model.attention import Packed
-from refusion_jax.model.head import over_vocabulary
-from refusion_jax.model.qwen3 import Qwen3, init_params, unstacked
-from refusion_jax.objective.losses import TokenLoss, cross_entropy, numerator
-from refusion_jax.objective.slots import Denoising, PackedBatch, corrupt
+from refusion_jax.model.qwen3 import init_params, unstacked
+from refusion_jax.objective.common import Inputs, PackedBatch, token_losses
 from refusion_jax.parallel import sharding
 
 
@@ -52,9 +49,10 @@ def learning_rate(config: OptimizerConfig, steps: int) -> optax.Schedule:
 
 def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransformation:
     """AdamW after clipping by global norm; norm scales are not decayed."""
-    decayed = lambda params: jax.tree_util.tree_map_with_path(
-        lambda path, _: "norm" not in jax.tree_util.keystr(path), params
-    )
+
+    def decayed(params):
+        return jax.tree_util.tree_map_with_path(lambda path, _: "norm" not in jax.tree_util.keystr(path), params)
+
     return optax.chain(
         optax.clip_by_global_norm(config.clip_norm),
         optax.adamw(
@@ -74,49 +72,44 @@ def compute_params(params: dict, dtype: str) -> dict:
     return jax.tree_util.tree_map_with_path(cast, params)
 
 
-def token_losses(config: Config, params: dict, frozen: dict, inputs: Denoising) -> TokenLoss:
-    """Cross-entropy and correctness of every target [batch, length]; `params` are trainable, `frozen` as in TrainState."""
+def model_variables(config: Config, params: dict, frozen: dict) -> dict:
+    """What the model is applied to, in the compute dtype; `params` are trainable, `frozen` as in TrainState."""
     if config.lora.rank:
         variables = {"params": compute_params(frozen, config.model.dtype), "lora": lora.scaled(params, config.lora)}
     else:
         variables = {"params": compute_params(params, config.model.dtype)}
     if not config.model.scan_layers:
         variables = {name: unstacked(tree) for name, tree in variables.items()}
-    context = Packed(inputs.segment_ids, implementation=config.model.attention)
-    hidden, _ = Qwen3(config.model).apply(variables, inputs.tokens, inputs.positions, context)
-    return over_vocabulary(config.model, variables["params"], hidden, cross_entropy, inputs.targets)
+    return variables
 
 
 def train_step(
     config: Config, optimizer: optax.GradientTransformation, state: TrainState, batch: PackedBatch
 ) -> tuple[TrainState, dict]:
-    """One optimizer step of the hybrid objective (method section 3).
+    """One optimizer step of the config's objective.
 
     Corruption comes first, for the whole batch: it needs no parameters, and it gives the global denominators that make
     accumulation over microbatches exact.
 
     Returns:
-      The next state and float32 scalars: loss, ar_loss, mdm_loss, ar_tokens, mdm_tokens, examples, tokens (useful ones),
+      The next state and float32 scalars: loss; NAME_loss and NAME_tokens of every term; examples, tokens (useful ones),
       token_pairs (attended), grad_norm (before clipping), param_norm (after the update).
     """
-    objective = config.objective
-    weights = {"ar": objective.ar_weight, "mdm": objective.mdm_weight}
-    key = jax.random.key(config.seed)
-    inputs = corrupt(key, batch, objective, config.model.mask_token_id)
+    inputs = config.objective.corrupt(keys.domain_key(config.seed, "corruption"), batch, config.model, state.step)
 
-    def loss_fn(params: dict, inputs: Denoising) -> tuple[jax.Array, dict]:
-        losses = token_losses(config, params, state.frozen, inputs)
+    def loss_fn(params: dict, inputs: Inputs) -> tuple[jax.Array, dict]:
+        variables = model_variables(config, params, state.frozen)
+        losses = token_losses(config.model, config.objective, variables, inputs)
         means = {
-            name: numerator(term, losses.cross_entropy) / jnp.maximum(term.denominator, 1)
-            for name, term in inputs.terms.items()
+            name: term.numerator(losses.loss) / jnp.maximum(term.denominator, 1) for name, term in inputs.terms.items()
         }
-        return sum(weights[name] * mean for name, mean in means.items()), means
+        return _weighted(inputs, means), means
 
     def accumulate(total, micro):
         (_, means), grads = jax.value_and_grad(loss_fn, has_aux=True)(state.params, micro)
         return jax.tree.map(jnp.add, total, (means, grads)), None
 
-    zero = ({name: jnp.float32(0) for name in weights}, jax.tree.map(jnp.zeros_like, state.params))
+    zero = ({name: jnp.float32(0) for name in inputs.terms}, jax.tree.map(jnp.zeros_like, state.params))
     if config.accumulation == 1:
         (means, grads), _ = accumulate(zero, inputs)
     else:
@@ -127,7 +120,7 @@ def train_step(
     updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
     metrics = {
-        "loss": sum(weights[name] * mean for name, mean in means.items()),
+        "loss": _weighted(inputs, means),
         **{f"{name}_loss": mean for name, mean in means.items()},
         **{f"{name}_tokens": jnp.sum(term.weights > 0, dtype=jnp.float32) for name, term in inputs.terms.items()},
         "examples": jnp.sum(batch.lengths > 0, dtype=jnp.float32),
@@ -139,22 +132,34 @@ def train_step(
     return state.replace(step=state.step + 1, params=params, opt_state=opt_state), metrics
 
 
+def _weighted(inputs: Inputs, means: dict[str, jax.Array]) -> jax.Array:
+    return sum(inputs.terms[name].scale * mean for name, mean in means.items())
+
+
 def _microbatches(x: jax.Array, count: int) -> jax.Array:
-    """[batch, ...] -> [count, batch / count, ...], every device giving an equal part of its rows to each microbatch."""
-    if x.ndim == 0:
-        return jnp.broadcast_to(x, (count,))
+    """[batch, ...] -> [count, batch / count, ...], every device giving an equal part of its rows to each microbatch.
+
+    What is the same for all rows (a scalar, a first axis of 1) goes to each whole.
+    """
+    if x.ndim == 0 or x.shape[0] == 1:
+        return jnp.broadcast_to(x, (count, *x.shape))
     return jnp.swapaxes(x.reshape(x.shape[0] // count, count, *x.shape[1:]), 0, 1)
 
 
 def eval_step(config: Config, params: dict, frozen: dict, batch: PackedBatch) -> dict:
-    """Sums over one batch, under corruption that is the same every time: per term numerator, denominator, correct, tokens."""
-    key = jax.random.fold_in(jax.random.key(config.seed), 1)
-    inputs = corrupt(key, batch, config.objective, config.model.mask_token_id)
-    losses = token_losses(config, params, frozen, inputs)
+    """Sums over one batch, under corruption that is the same every time.
+
+    Returns:
+      For every term numerator, denominator, weighted (the numerator times the term's scale), correct and tokens; over
+      several batches they add up.
+    """
+    inputs = config.objective.corrupt(keys.domain_key(config.seed, "evaluation"), batch, config.model, 0)
+    losses = token_losses(config.model, config.objective, model_variables(config, params, frozen), inputs)
     return {
         name: {
-            "numerator": numerator(term, losses.cross_entropy),
+            "numerator": term.numerator(losses.loss),
             "denominator": term.denominator,
+            "weighted": term.scale * term.numerator(losses.loss),
             "correct": jnp.sum(losses.correct & (term.weights > 0), dtype=jnp.float32),
             "tokens": jnp.sum(term.weights > 0, dtype=jnp.float32),
         }
@@ -215,12 +220,12 @@ def build(config: Config, mesh: Mesh, steps: int) -> Program:
     """The program of a run of `steps` optimizer steps.
 
     Raises:
-      UserError: the mesh does not divide the model or the batch, or the model has no mask token.
+      UserError: the mesh does not divide the model or the batch, or the model lacks the mask token that is needed.
     """
-    if config.model.mask_token_id is None:
+    if config.objective.needs_mask_token and config.model.mask_token_id is None:
         raise UserError(
-            "config.model.mask_token_id is not set and the tokenizer names no mask token; ReFusion cannot be trained "
-            "without one."
+            "config.model.mask_token_id is not set and the tokenizer names no mask token; the objective "
+            f"{config.objective.kind!r} cannot be trained without one."
         )
     check_batch(config, mesh)
     optimizer = make_optimizer(config.optimizer, steps)

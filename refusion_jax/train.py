@@ -20,7 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
-from refusion_jax import compilation
+from refusion_jax import compilation, keys
 from refusion_jax import step as steps_lib
 from refusion_jax.checkpoint import load, orbax
 from refusion_jax.config import Config, add_config_arguments, parse_config
@@ -29,7 +29,7 @@ from refusion_jax.data.tokenizers import Tokenizer, load_tokenizer
 from refusion_jax.errors import UserError, run_main
 from refusion_jax.metrics.reporter import Reporter
 from refusion_jax.metrics.writers import Metrics
-from refusion_jax.objective.slots import PackedBatch
+from refusion_jax.objective.common import PackedBatch
 from refusion_jax.parallel import distributed, sharding
 from refusion_jax.parallel.mesh import make_mesh
 from refusion_jax.progress import Progress
@@ -224,7 +224,7 @@ def first_state(
         state = program.start(load_weights(config, program.mesh, "float32", step=None))
         origin = f"weights from {config.init_from}"
     else:
-        state = program.init(jax.random.key(config.seed))
+        state = program.init(keys.domain_key(config.seed, "lora" if config.lora.rank else "init"))
     if config.lora.rank:
         frozen = load_weights(config, program.mesh, config.lora.base_dtype, meta["base"]["step"])
         state = state.replace(frozen=frozen)
@@ -291,7 +291,7 @@ def evaluate(
     sums = jax.tree.map(float, jax.device_get(sums))
     losses = {name: s["numerator"] / max(s["denominator"], 1) for name, s in sums.items()}
     return {
-        "loss": weighted(config, losses),
+        "loss": sum(s["weighted"] / max(s["denominator"], 1) for s in sums.values()),
         **{f"{name}_loss": loss for name, loss in losses.items()},
         **{f"{name}_accuracy": s["correct"] / max(s["tokens"], 1) for name, s in sums.items()},
     }
@@ -300,11 +300,6 @@ def evaluate(
 @jax.jit
 def _add(sums: dict, part: dict) -> dict:
     return jax.tree.map(jnp.add, sums, part)
-
-
-def weighted(config: Config, losses: dict[str, float]) -> float:
-    """The loss that is trained, from those of its terms."""
-    return sum(getattr(config.objective, f"{name}_weight") * loss for name, loss in losses.items())
 
 
 def main() -> None:

@@ -13,7 +13,6 @@ from refusion_jax.config import (
     Config,
     DataConfig,
     LoraConfig,
-    ObjectiveConfig,
     OptimizerConfig,
     SourceConfig,
     add_config_arguments,
@@ -24,6 +23,8 @@ from refusion_jax.config import (
 from refusion_jax.data.tokenizers import load_tokenizer
 from refusion_jax.errors import UserError
 from refusion_jax.model.config import ModelConfig
+from refusion_jax.objective.autoregressive import Autoregressive
+from refusion_jax.objective.refusion import Refusion
 from refusion_jax.parallel.mesh import make_mesh
 from refusion_jax.train import with_tokenizer
 
@@ -123,6 +124,13 @@ def test_a_config_survives_json(repository):
         ("tiny.py", {"optimizer": "3"}, "config.optimizer is 3; expected a group"),
         ("tiny.py", {"objective.slot_sizes": "8"}, "config.objective.slot_sizes is 8; expected a list"),
         ("tiny.py", {"objective.slot_sizes": "[8, 'x']"}, r"config.objective.slot_sizes\[1\] is 'x'"),
+        (
+            "tiny.py",
+            {"objective.kind": "'diffusion'"},
+            "config.objective.kind is 'diffusion'; choose one of refusion, auto",
+        ),
+        ("tiny.py", {"objective.kind": "autoregressive"}, "Unknown setting config.objective.mdm_weight_cap"),
+        ("8b.py", {"objective.loss_chunk": "256"}, "Unknown setting config.objective.loss_chunk"),
         ("tiny.py", {"data.train": "[{'kind': 'json'}]"}, r"config.data.train\[0\] lacks the setting path"),
         ("tiny.py", {"model.num_kv_heads": "3"}, "num_kv_heads = 3"),
     ],
@@ -130,7 +138,15 @@ def test_a_config_survives_json(repository):
 )
 def test_wrong_settings_are_named(argument, overrides, message, repository):
     with pytest.raises(UserError, match=message):
-        load_config(str(repository / "configs" / argument) if argument.startswith("tiny") else argument, overrides)
+        load_config(argument if argument.startswith("absent") else str(repository / "configs" / argument), overrides)
+
+
+def test_the_kind_chooses_the_objective(repository):
+    path = str(repository / "configs" / "8b.py")
+    assert load_config(path).objective == load_config(path, {"objective.kind": "refusion"}).objective == Refusion()
+    config = load_config(path, {"objective.kind": "autoregressive"})
+    assert config.objective == Autoregressive()
+    assert from_config_dict(json.loads(config.to_json())) == config
 
 
 def test_a_config_file_without_a_config(tmp_path):
@@ -183,12 +199,11 @@ def test_command_line(repository):
         (SourceConfig, dict(kind="json", path="x", start=0.5, stop=0.5), "start = 0.5 and stop = 0.5"),
         (DataConfig, dict(max_length=0), "data.max_length is 0"),
         (DataConfig, dict(max_examples_per_row=-1), "data.max_examples_per_row is -1"),
-        (ObjectiveConfig, dict(masking="all"), "objective.masking is 'all'"),
-        (ObjectiveConfig, dict(normalisation="token"), "objective.normalisation"),
-        (ObjectiveConfig, dict(slot_sizes=()), "objective.slot_sizes"),
-        (ObjectiveConfig, dict(slot_sizes=(4, 0)), "objective.slot_sizes"),
-        (ObjectiveConfig, dict(mdm_weight=-1.0), "objective.mdm_weight is -1.0"),
-        (ObjectiveConfig, dict(loss_chunk=0), "objective.loss_chunk is 0"),
+        (Refusion, dict(masking="all"), "objective.masking is 'all'"),
+        (Refusion, dict(normalisation="token"), "objective.normalisation"),
+        (Refusion, dict(slot_sizes=()), "objective.slot_sizes"),
+        (Refusion, dict(slot_sizes=(4, 0)), "objective.slot_sizes"),
+        (Refusion, dict(mdm_weight=-1.0), "objective.mdm_weight is -1.0"),
         (OptimizerConfig, dict(lr=0.0), "optimizer.lr is 0.0"),
         (OptimizerConfig, dict(schedule="linear"), "optimizer.schedule is 'linear'"),
         (OptimizerConfig, dict(warmup_steps=-1), "optimizer.warmup_steps is -1"),

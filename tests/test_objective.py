@@ -1,5 +1,6 @@
 """Slot corruption: what the model sees and has to predict, against a plain oracle, and the distribution of the draws."""
 
+import dataclasses
 import functools
 import itertools
 
@@ -7,16 +8,32 @@ import jax
 import numpy as np
 import pytest
 
-from refusion_jax.config import ObjectiveConfig
-from refusion_jax.objective.slots import Denoising, PackedBatch, corrupt
+from refusion_jax.model.config import ModelConfig
+from refusion_jax.objective.autoregressive import Autoregressive
+from refusion_jax.objective.common import Inputs, PackedBatch
+from refusion_jax.objective.refusion import Refusion
 
 MASK = 999
 KEY = jax.random.key(7)
 # Upper 0.1 % points of chi-square. The keys are fixed, so a test passes always or never.
 CHI_SQUARE = {1: 10.8, 3: 16.3, 5: 20.5, 7: 24.3}
 
-compiled = jax.jit(corrupt, static_argnums=(2, 3))
-corrupted = functools.partial(compiled, KEY)
+MODEL = ModelConfig(
+    vocab_size=1000,
+    hidden_size=2,
+    intermediate_size=2,
+    num_layers=1,
+    num_heads=1,
+    num_kv_heads=1,
+    head_dim=2,
+    tie_embeddings=True,
+    mask_token_id=MASK,
+)
+
+
+@functools.partial(jax.jit, static_argnums=1)
+def corrupted(batch, objective, key=KEY):
+    return objective.corrupt(key, batch, MODEL, 0)
 
 
 def example(number, prompt, response):
@@ -72,11 +89,11 @@ def slots_of(tokens, positions, prompt, k):
     return first(~masked), first(masked)
 
 
-def parts(inputs: Denoising, batch: PackedBatch):
+def parts(inputs: Inputs, batch: PackedBatch):
     """Per example id: what the model sees and must predict, wherever it lies."""
     targets, found = targets_of(inputs), {}
     for r, e in zip(*np.nonzero(batch.lengths), strict=True):
-        chosen = np.asarray(inputs.segment_ids[r]) == e + 1
+        chosen = np.asarray(inputs.context.segment_ids[r]) == e + 1
         at = np.flatnonzero(chosen)
         assert len(at) == batch.lengths[r, e] and (np.diff(at) == 1).all()
         found[int(batch.example_ids[r, e])] = {
@@ -114,7 +131,7 @@ def test_worked_example():
     assert targets == [-1, -1, -1, 10, 11, 12, 13, 14, -1, 1, 2, 3, 4, 5, 6, 7, 8]
     assert positions == [0, 1, 2, 11, 12, 13, 14, 15, 16, 3, 4, 5, 6, 7, 8, 9, 10]
     batch = pack([[(i, np.array(prompt + response), 3)] for i in range(64)], 17)
-    inputs = corrupted(batch, ObjectiveConfig(slot_sizes=(8,)), MASK)
+    inputs = corrupted(batch, Refusion(slot_sizes=(8,)))
     found = [
         tuple(map(list, row))
         for row in zip(np.asarray(inputs.tokens), targets_of(inputs), np.asarray(inputs.positions), strict=True)
@@ -130,7 +147,7 @@ def test_packed_rows_equal_the_oracle(masking):
     sizes = [(3, 17), (5, 1), (2, 9), (1, 12), (7, 4), (1, 31), (4, 6)]
     rows = [[example(10 * r + e, *size) for e, size in enumerate(sizes[r % 3 : r % 3 + 3])] for r in range(60)]
     batch = pack(rows, length=64, examples=5)
-    inputs = corrupted(batch, ObjectiveConfig(masking=masking, slot_sizes=(k,)), MASK)
+    inputs = corrupted(batch, Refusion(masking=masking, slot_sizes=(k,)))
     patterns = set()
     for number, part in parts(inputs, batch).items():
         _, tokens, prompt = rows[number // 10][number % 10]
@@ -144,7 +161,7 @@ def test_packed_rows_equal_the_oracle(masking):
         np.testing.assert_array_equal(tokens[part["positions"][clean]], part["tokens"][clean])
         patterns.add((tuple(order), tuple(masked)))
     assert len(patterns) > 25  # the draws vary
-    padding = np.asarray(inputs.segment_ids) == 0
+    padding = np.asarray(inputs.context.segment_ids) == 0
     np.testing.assert_array_equal(padding, np.arange(64) >= batch.lengths.sum(axis=1, keepdims=True))
     assert (targets_of(inputs)[padding] == -1).all()
 
@@ -179,7 +196,7 @@ def test_oracle_equals_sequences_recorded_from_the_released_code(reference):
 def test_targets_never_cross_a_slot():
     """With slots of every size: an autoregressive target is the next token of its own slot, a mask's its own."""
     batch = copies(200, prompt=3, response=61, length=70)
-    inputs = corrupted(batch, ObjectiveConfig(), MASK)
+    inputs = corrupted(batch, Refusion())
     tokens, targets, positions = np.asarray(inputs.tokens), targets_of(inputs), np.asarray(inputs.positions)
     original = np.asarray(batch.tokens)
     for r in range(200):
@@ -202,7 +219,7 @@ def test_targets_never_cross_a_slot():
 
 @pytest.mark.parametrize("kind", ["released", "paper"])
 def test_packed_equals_unpacked_in_any_order(kind):
-    config = ObjectiveConfig(masking=kind, normalisation=kind)
+    config = Refusion(masking=kind, normalisation=kind)
     sizes = [(3, 17), (5, 1), (2, 40), (1, 12), (7, 4), (1, 31), (4, 66), (2, 2)]
     examples = [example(100 + i, *size) for i, size in enumerate(sizes)]
     layouts = [
@@ -213,7 +230,7 @@ def test_packed_equals_unpacked_in_any_order(kind):
         pack([*[[]] * 5, examples[5:], examples[2:5][::-1], examples[:2]], length=128, examples=9),  # another order
         pack([examples[1::2][::-1], examples[::2]], length=200, examples=4),  # rows of another shape
     ]
-    outputs = [corrupted(batch, config, MASK) for batch in layouts]
+    outputs = [corrupted(batch, config) for batch in layouts]
     alone, *packed = (parts(inputs, batch) for inputs, batch in zip(outputs, layouts, strict=True))
     for other in packed:
         assert_same_parts(alone, other)
@@ -222,13 +239,13 @@ def test_packed_equals_unpacked_in_any_order(kind):
 
 
 def test_other_passes_and_other_seeds_are_corrupted_otherwise():
-    config, batch = ObjectiveConfig(slot_sizes=(4,)), copies(2, prompt=2, response=64)
+    config, batch = Refusion(slot_sizes=(4,)), copies(2, prompt=2, response=64)
     same = batch.replace(example_ids=np.full_like(batch.example_ids, 5))
-    first, second = np.asarray(corrupted(batch, config, MASK).positions)
+    first, second = np.asarray(corrupted(batch, config).positions)
     assert (first != second).any()
-    first, second = np.asarray(corrupted(same, config, MASK).positions)
+    first, second = np.asarray(corrupted(same, config).positions)
     np.testing.assert_array_equal(first, second)
-    reseeded = compiled(jax.random.key(8), same, config, MASK)
+    reseeded = corrupted(same, config, jax.random.key(8))
     assert (np.asarray(reseeded.positions)[0] != first).any()
 
 
@@ -238,8 +255,8 @@ def test_other_passes_and_other_seeds_are_corrupted_otherwise():
 @functools.cache
 def many(masking, response, slot_sizes, count=2400, cap=0.0):
     """[count, length] tokens, positions, targets and mdm weights of passes over examples with one prompt token."""
-    config = ObjectiveConfig(masking=masking, slot_sizes=slot_sizes, mdm_weight_cap=cap)
-    inputs = corrupted(copies(count, prompt=1, response=response), config, MASK)
+    config = Refusion(masking=masking, slot_sizes=slot_sizes, mdm_weight_cap=cap)
+    inputs = corrupted(copies(count, prompt=1, response=response), config)
     assert float(inputs.terms["mdm"].denominator) == count
     return (
         np.asarray(inputs.tokens),
@@ -318,3 +335,32 @@ def test_masking_weight_is_one_over_probability_and_response_length():
     both = (short > 0) & (long > 0)
     assert both.sum() > 400
     np.testing.assert_allclose(12 * short[both], 256 * long[both], rtol=1e-6)
+
+
+# --- Next-token prediction.
+
+
+def test_autoregressive_predicts_the_response_from_what_comes_before():
+    """Clean rows; every response token is predicted by its predecessor, the first one by the prompt's last token."""
+    sizes = [(3, 5), (1, 1), (4, 2)]
+    rows = [[example(e, *size) for e, size in enumerate(sizes)], [example(7, 2, 6)], []]
+    batch = pack(rows, length=24)
+    inputs = corrupted(batch, Autoregressive())
+    (term,) = inputs.terms.values()
+    expected = np.full(batch.tokens.shape, -1)
+    for r, row in enumerate(rows):
+        start = 0
+        for _, tokens, prompt in row:
+            for i in range(prompt, len(tokens)):
+                expected[r, start + i - 1] = tokens[i]
+            np.testing.assert_array_equal(inputs.positions[r, start : start + len(tokens)], np.arange(len(tokens)))
+            start += len(tokens)
+    np.testing.assert_array_equal(np.where(np.asarray(term.weights) > 0, inputs.targets, -1), expected)
+    np.testing.assert_array_equal(inputs.tokens, batch.tokens)
+    assert float(term.denominator) == sum(response for _, response in [*sizes, (2, 6)]) == np.sum(term.weights)
+
+
+def test_autoregressive_needs_no_mask_token():
+    plain = dataclasses.replace(MODEL, mask_token_id=None)
+    inputs = Autoregressive().corrupt(KEY, pack([[example(0, 2, 3)]], length=8), plain, 0)
+    assert int(inputs.tokens[0, 0]) == 10

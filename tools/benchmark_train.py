@@ -28,7 +28,6 @@ from refusion_jax.data.pieces import cut
 from refusion_jax.data.tokenizers import load_tokenizer
 from refusion_jax.errors import UserError
 from refusion_jax.metrics import flops
-from refusion_jax.objective.slots import corrupt
 from refusion_jax.parallel.mesh import make_mesh
 from refusion_jax.train import local_rows, to_devices, with_tokenizer
 
@@ -108,7 +107,7 @@ def measure(config: Config, rows: pipeline.Rows, steps: int, profile: pathlib.Pa
         tokens += float(values["tokens"]) / steps
         pairs += float(values["token_pairs"]) / steps
 
-    corruption = jax.jit(lambda batch: corrupt(jax.random.key(0), batch, config.objective, config.model.mask_token_id))
+    corruption = jax.jit(lambda batch: config.objective.corrupt(jax.random.key(0), batch, config.model, 0))
     needed = flops.train_flops(config.model, tokens, pairs)
     chip = flops.CHIPS.get(jax.devices()[0].device_kind)
     stats = jax.devices()[0].memory_stats() or {}
@@ -233,7 +232,7 @@ def main() -> None:
     )
     parser.add_argument("--json", type=pathlib.Path, metavar="FILE", help="write the figures there too")
     arguments, config = parse_config(parser)
-    if config.model.mask_token_id is None or not arguments.synthetic:
+    if not arguments.synthetic or (config.objective.needs_mask_token and config.model.mask_token_id is None):
         config = with_tokenizer(config, load_tokenizer(config.data.tokenizer))
 
     device = jax.devices()[0]

@@ -15,15 +15,17 @@ import sys
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 
 from refusion_jax.checkpoint import load
-from refusion_jax.config import ObjectiveConfig
 from refusion_jax.decoder import parse_mesh
 from refusion_jax.errors import UserError, run_main
+from refusion_jax.model.attention import Packed
 from refusion_jax.model.config import ModelConfig
-from refusion_jax.model.qwen3 import Qwen3, logits, output_table
-from refusion_jax.objective.losses import numerator, token_loss
-from refusion_jax.objective.slots import Denoising, loss_terms
+from refusion_jax.model.head import over_vocabulary
+from refusion_jax.model.qwen3 import Qwen3
+from refusion_jax.objective.common import Inputs, token_losses
+from refusion_jax.objective.refusion import Refusion
 from refusion_jax.parallel import sharding
 from refusion_jax.sampling import Report, SamplerConfig, generate
 
@@ -38,12 +40,17 @@ def differs(name: str, ours: float, theirs: float, relative: float) -> list[str]
     return [] if error <= relative else [f"{name}: {ours:.8g}, reference {theirs:.8g}, relative difference {error:.2e}"]
 
 
+def logits(config: ModelConfig, params: dict, tokens: jax.Array, positions: jax.Array, context: Packed) -> jax.Array:
+    """[batch, length, vocab] in full."""
+    hidden, _ = Qwen3(config).apply({"params": params}, tokens, positions, context)
+    return over_vocabulary(config, params, hidden, lambda logits: logits)
+
+
 def check_logits(config: ModelConfig, params: dict, path: pathlib.Path) -> tuple[int, int, list[str]]:
     """(cases, equal ones, mismatches): natural and permuted position order."""
     data = np.load(path)
-    forward = jax.jit(
-        lambda p, tokens, positions: logits(config, p, Qwen3(config).apply({"params": p}, tokens, positions))
-    )
+    whole = Packed(jnp.ones(data["tokens"].shape, jnp.int32), implementation=config.attention)
+    forward = jax.jit(lambda params, tokens, positions: logits(config, params, tokens, positions, whole))
     problems = []
     kinds = [("positions", "logits"), ("permuted_positions", "logits_permuted")]
     for positions, name in kinds:
@@ -54,24 +61,23 @@ def check_logits(config: ModelConfig, params: dict, path: pathlib.Path) -> tuple
     return len(kinds), len(kinds) - len(problems), problems
 
 
-def reference_inputs(config: ModelConfig, batch: dict[str, np.ndarray]) -> Denoising:
+def reference_inputs(config: ModelConfig, batch: dict[str, np.ndarray]) -> Inputs:
     """A recorded corrupted batch, with terms weighted as in training (one example per row, padded at the end)."""
     labels, masked = batch["labels"], batch["masked"].astype(bool)
     row = lambda name: jnp.broadcast_to(jnp.asarray(batch[name])[:, None], labels.shape)
     segments = jnp.asarray(batch["attention_mask"], jnp.int32)
-    return Denoising(
+    return Inputs(
         tokens=jnp.asarray(batch["corrupted"], jnp.int32),
         positions=jnp.asarray(batch["positions"], jnp.int32),
-        segment_ids=segments,
+        context=Packed(segments, implementation=config.attention),
         targets=jnp.maximum(jnp.asarray(labels, jnp.int32), 0),
-        terms=loss_terms(
+        terms=Refusion().terms(
             ar=(labels >= 0) & ~masked,
             mdm=(labels >= 0) & masked,
             q=row("mask_prob"),
             response_length=row("response_length"),
             segment_ids=segments,
             examples=len(labels),
-            config=ObjectiveConfig(),
         ),
     )
 
@@ -80,21 +86,19 @@ def check_losses(config: ModelConfig, params: dict, path: pathlib.Path) -> tuple
     """(batches, equal ones, mismatches): both terms, the global gradient norm and the logits of the first row."""
 
     @jax.jit
-    def loss(params: dict, inputs: Denoising):
+    def loss(params: dict, inputs: Inputs):
         def total(params: dict):
-            hidden = Qwen3(config).apply({"params": params}, inputs.tokens, inputs.positions, inputs.segment_ids)
-            losses = token_loss(
-                hidden, output_table(params), inputs.targets, logical_vocab_size=config.logical_vocab_size, chunk=64
-            )
+            losses = token_losses(config, Refusion(), {"params": params}, inputs)
             means = {
-                name: numerator(term, losses.cross_entropy) / jnp.maximum(term.denominator, 1)
+                name: term.numerator(losses.loss) / jnp.maximum(term.denominator, 1)
                 for name, term in inputs.terms.items()
             }
-            return means["ar"] + means["mdm"], (means, logits(config, params, hidden[:1]))
+            return sum(means.values()), means
 
-        (value, (means, first)), grads = jax.value_and_grad(total, has_aux=True)(params)
-        norm = jnp.sqrt(sum(jnp.sum(g**2) for g in jax.tree.leaves(grads)))
-        return {"loss": value, "ar_loss": means["ar"], "mdm_loss": means["mdm"], "grad_norm": norm}, first[0]
+        (value, means), grads = jax.value_and_grad(total, has_aux=True)(params)
+        losses = {"loss": value, **{f"{name}_loss": mean for name, mean in means.items()}}
+        all_logits = logits(config, params, inputs.tokens, inputs.positions, inputs.context)
+        return losses | {"grad_norm": optax.tree.norm(grads)}, all_logits[0]
 
     data = np.load(path)
     batches = sorted({name.split("/")[0] for name in data.files}, key=lambda name: int(name.removeprefix("batch")))

@@ -15,7 +15,7 @@ from refusion_jax.model.config import ModelConfig
 
 
 def devices_over(*axes: str) -> int:
-    """Number of devices that the logical axes are split over together, by the mesh and the rules in use; 1 without a mesh."""
+    """Number of devices that the logical axes are split over together, by the mesh and rules in use; 1 without one."""
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty:
         return 1
@@ -114,7 +114,9 @@ class Attention(nn.Module):
         values = nn.with_logical_constraint(project("value", value), ("batch", "length", "kv_heads", "head_dim"))
         q, keys, values = (checkpoint_name(a, "qkv") for a in (q, keys, values))
         out, context = context.attend(q, keys, values)
-        return adapted(self, "output", out, jnp.einsum("BTNH,NHD->BTD", out, output.astype(x.dtype)), inputs=2), context
+        # One contracted axis: over two, XLA may copy the matrix of every layer to bring it into the order of `out`.
+        flat = out.reshape(*out.shape[:2], n * h) @ output.astype(x.dtype).reshape(n * h, d)
+        return adapted(self, "output", out, flat, inputs=2), context
 
 
 class SwiGLU(nn.Module):

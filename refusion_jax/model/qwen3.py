@@ -12,9 +12,9 @@ from refusion_jax.model import layers
 from refusion_jax.model.attention import Packed
 from refusion_jax.model.config import ModelConfig
 
-# What the backward pass may keep of a layer; the rest is computed again. "none" keeps everything. Take "minimal" where it fits,
-# else "full", and "none" for small models only. Compiled for 8B with 8 rows of 4096 on each TPU v5p: none 337 GiB of temporaries,
-# minimal 49 GiB, full 27 GiB; the operations of a step are as 1.00 to 1.17 to 1.23.
+# What the backward pass may keep of a layer; the rest is computed again. "none" keeps everything. Take "minimal" where
+# it fits, else "full", and "none" for small models only. Compiled for 8B with 8 rows of 4096 on each TPU v5p: none 337 GiB
+# of temporaries, minimal 49 GiB, full 27 GiB; the operations of a step are as 1.00 to 1.17 to 1.23.
 REMAT_POLICIES = {
     "minimal": jax.checkpoint_policies.save_only_these_names("qkv", "attended"),
     "full": jax.checkpoint_policies.nothing_saveable,
@@ -36,8 +36,8 @@ class Qwen3(nn.Module):
           context: one of attention.py's.
 
         Returns:
-          Hidden states [batch, length, hidden] after the final norm, in the compute dtype; and the context as the last layer
-          leaves it (with a cache: the window written into it).
+          Hidden states [batch, length, hidden] after the final norm, in the compute dtype; and the context as the last
+          layer leaves it (with a cache: the window written into it).
         """
         chex.assert_rank(tokens, 2)
         chex.assert_equal_shape([tokens, positions])
@@ -71,7 +71,7 @@ class Qwen3(nn.Module):
 
 
 def unstacked(params: dict) -> dict:
-    """Stacked parameters as a model without `scan_layers` takes them: "layers" [layer, ...] as "layer_0", "layer_1", ..."""
+    """Stacked parameters ("layers") as a model without `scan_layers` takes them ("layer_0", "layer_1", ...)."""
     stacked = params["layers"]
     count = len(jax.tree.leaves(stacked)[0])
     of = lambda i: jax.tree.map(lambda x: x[i], stacked)

@@ -1,0 +1,164 @@
+"""What all objectives share: the batch they are given, what they make of it, and the sums over tokens.
+
+An objective is a frozen dataclass whose fields are its settings (`config.objective`), with
+
+    corrupt(key, batch, model, step) -> Inputs      what the model sees and has to predict
+    per_token(logits, targets) -> TokenLoss         of logits [tokens, vocab], for `over_vocabulary`
+    needs_mask_token                                whether the model must have a mask token
+
+The loss is the sum over terms of scale * sum(weights * loss of the token) / max(denominator, 1).
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import struct
+
+from refusion_jax.model.config import ModelConfig
+from refusion_jax.model.head import over_vocabulary
+from refusion_jax.model.qwen3 import Qwen3
+
+
+@struct.dataclass
+class PackedBatch:
+    """Rows of whole examples (prompt, then response with its EOS) laid end to end, then padding.
+
+    Attributes:
+      tokens: [batch, length] int32.
+      prompt_lengths: [batch, examples] int32.
+      lengths: [batch, examples] int32, prompt and response; 0: no example.
+      example_ids: [batch, examples] uint32; one id for one pass over one example.
+    """
+
+    tokens: jax.Array
+    prompt_lengths: jax.Array
+    lengths: jax.Array
+    example_ids: jax.Array
+
+
+@struct.dataclass
+class Layout:
+    """Where every token of a packed row stands; all [batch, length].
+
+    Attributes:
+      segment_ids: 1-based index of the token's example in its row, 0 for padding.
+      positions: index in prompt + response.
+      offset: index in the response, negative in the prompt.
+      response_length: of the token's example.
+    """
+
+    segment_ids: jax.Array
+    positions: jax.Array
+    offset: jax.Array
+    response_length: jax.Array
+
+
+@struct.dataclass
+class Term:
+    """One term of the loss.
+
+    Attributes:
+      weights: [batch, length] float32, 0 where the term has no target.
+      denominator: scalar float32, a count over the global batch.
+      scale: scalar float32, the term's weight in the loss.
+    """
+
+    weights: jax.Array
+    denominator: jax.Array
+    scale: jax.Array
+
+    def numerator(self, loss: jax.Array) -> jax.Array:
+        """Weighted sum of a loss [batch, length]; a token without weight gives exactly 0 whatever its loss is."""
+        return jnp.sum(self.weighted(loss))
+
+    def weighted(self, loss: jax.Array) -> jax.Array:
+        return jnp.where(self.weights > 0, self.weights * loss, 0.0)
+
+
+@struct.dataclass
+class Inputs:
+    """What an objective hands to the training step; arrays are [batch, length] in buffer order.
+
+    Every array in it has the batch as its first axis, or is the same for all rows (a scalar, or a first axis of 1), so
+    that it can be split into microbatches.
+
+    Attributes:
+      tokens, positions: the model's input.
+      context: what a token sees, one of model/attention.py's; it has `segment_ids` [batch, length].
+      targets: int32; meaningful where a term has weight.
+      terms: the loss terms by name, which metrics carry too.
+    """
+
+    tokens: jax.Array
+    positions: jax.Array
+    context: Any
+    targets: jax.Array
+    terms: dict[str, Term]
+
+
+@struct.dataclass
+class TokenLoss:
+    """Per token: loss [batch, length] float32 (natural log) and correct [batch, length] bool (argmax = target)."""
+
+    loss: jax.Array
+    correct: jax.Array
+
+
+def layout(batch: PackedBatch) -> Layout:
+    """Layout of a packed batch, from the lengths of its examples."""
+    index = jnp.arange(batch.tokens.shape[1])
+    ends = jnp.cumsum(batch.lengths, axis=1)
+    example = jax.vmap(lambda e: jnp.searchsorted(e, index, side="right"))(ends)  # == examples: padding
+    padding = index[None] >= ends[:, -1:]
+
+    def of_example(values):
+        return jnp.take_along_axis(values, jnp.minimum(example, values.shape[1] - 1), axis=1)
+
+    positions = jnp.where(padding, 0, index[None] - of_example(ends - batch.lengths))
+    prompt = of_example(batch.prompt_lengths)
+    return Layout(
+        segment_ids=jnp.where(padding, 0, example + 1).astype(jnp.int32),
+        positions=positions.astype(jnp.int32),
+        offset=jnp.where(padding, -1, positions - prompt),
+        response_length=jnp.where(padding, 1, of_example(batch.lengths) - prompt),
+    )
+
+
+def cross_entropy(logits: jax.Array, targets: jax.Array) -> TokenLoss:
+    """Of targets [tokens] under logits [tokens, vocab], in float32."""
+    # A masked sum, not a gather: it stays local where the vocabulary is sharded.
+    chosen = jnp.arange(logits.shape[-1]) == targets[..., None]
+    target = jnp.sum(jnp.where(chosen, logits, 0.0), axis=-1)
+    return TokenLoss(jax.nn.logsumexp(logits, axis=-1) - target, target >= jnp.max(logits, axis=-1))
+
+
+def token_losses(model: ModelConfig, objective: Any, variables: dict, inputs: Inputs) -> TokenLoss:
+    """Loss and correctness of every target, [batch, length], from one forward pass.
+
+    Args:
+      objective: see the module.
+      variables: {"params": the model's, as `model.scan_layers` wants them} and, with adapters, "lora".
+    """
+    hidden, _ = Qwen3(model).apply(variables, inputs.tokens, inputs.positions, inputs.context)
+    return over_vocabulary(model, variables["params"], hidden, objective.per_token, inputs.targets)
+
+
+def sums_per_example(
+    model: ModelConfig, objective: Any, params: dict, inputs: Inputs, examples: int
+) -> dict[str, jax.Array]:
+    """For every term the sum of weights * loss over the tokens of each example, [batch, examples] float32.
+
+    Args:
+      objective, params: as in `token_losses`.
+      examples: examples in a row, at most; as in the PackedBatch that `inputs` are of.
+    """
+    losses = token_losses(model, objective, {"params": params}, inputs)
+
+    def of_row(values, segments):
+        return jax.ops.segment_sum(values, segments, num_segments=examples + 1)[1:]
+
+    return {
+        name: jax.vmap(of_row)(term.weighted(losses.loss), inputs.context.segment_ids)
+        for name, term in inputs.terms.items()
+    }
