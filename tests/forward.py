@@ -5,7 +5,8 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from refusion_jax.model.attention import Appended, Packed
+from refusion_jax.model.attention import Packed
+from refusion_jax.model.cached_attention import Cached
 from refusion_jax.model.head import over_vocabulary
 from refusion_jax.model.qwen3 import Qwen3
 
@@ -28,5 +29,5 @@ def forward_window(config, params, tokens, positions, cache, window_mask=None):
     """(hidden states, cache with the window written) of a window behind a cache; without a mask it is causal."""
     if window_mask is None:
         window_mask = jnp.broadcast_to(jnp.tri(tokens.shape[1], dtype=bool), (*tokens.shape, tokens.shape[1]))
-    hidden, context = Qwen3(config).apply({"params": params}, tokens, positions, Appended(cache, window_mask))
+    hidden, context = Qwen3(config).apply({"params": params}, tokens, positions, Cached.appended(cache, window_mask))
     return hidden, context.cache

@@ -13,8 +13,9 @@ from forward import forward
 from jax.extend.core import jaxprs_in_params
 
 from refusion_jax.errors import UserError
-from refusion_jax.model import attention, flash
+from refusion_jax.model import attention, cached_attention, flash
 from refusion_jax.model.cache import KVCache
+from refusion_jax.model.cached_attention import Cached
 from refusion_jax.model.config import ModelConfig
 from refusion_jax.model.qwen3 import init_params, unstacked
 from refusion_jax.parallel import sharding
@@ -43,7 +44,7 @@ def causal_mask(segments):
 
 
 def packed(batch, length, heads, kv_heads, dim, seed=0):
-    """Random q, k, v, rows of three segments of ragged lengths then padding, and an output gradient that ignores padding."""
+    """Random q, k, v, rows of three ragged segments then padding, and an output gradient that ignores padding."""
     rng = np.random.default_rng(seed)
     q, k, v, g = (
         rng.normal(size=(batch, length, n, dim)).astype(np.float32) for n in (heads, kv_heads, kv_heads, heads)
@@ -114,7 +115,7 @@ def test_packed_rows_equal_the_reference(rule, length):
 
 @pytest.mark.parametrize("length", [24, 600])
 def test_two_streams_equal_their_rule(length):
-    """Noisy queries see noisy keys of their block and clean ones of earlier blocks; clean ones see clean ones up to theirs."""
+    """Noisy queries see noisy keys of their block, clean ones of earlier blocks; clean ones see clean ones up to theirs."""
     (q, k, v), segments, _ = packed(2, 2 * length, 4, 2, 8)
     segments = np.where(np.arange(length) < length // 3, 1, np.where(np.arange(length) < length - 3, 2, 0))
     segments = np.stack([segments, np.ones(length, int)]).astype(np.int32)
@@ -127,11 +128,14 @@ def test_two_streams_equal_their_rule(length):
             mask[row, i, length:] = same & (blocks[row] < b)
             mask[row, length + i, length:] = same & (blocks[row] <= b)
     g = np.random.default_rng(3).normal(size=q.shape).astype(np.float32)
-    g *= np.tile(segments > 0, 2)[..., None, None]
-    attend = lambda q, k, v, s: attention.TwoStream(jnp.array(segments), jnp.array(blocks)).attend(q, k, v)[0]
-    found = jax.jit(functools.partial(outputs_and_gradients, attend))((q, k, v), np.tile(segments, 2), g)
+    g *= (np.tile(segments, 2) > 0)[..., None, None]
+    twice = np.tile(segments, 2)
+    context = attention.TwoStream(*map(jnp.asarray, (twice, np.tile(blocks, 2), np.arange(2 * length) >= length)))
+    context = context.replace(clean=jnp.broadcast_to(context.clean, twice.shape))
+    attend = lambda q, k, v, s: context.attend(q, k, v)[0]
+    found = jax.jit(functools.partial(outputs_and_gradients, attend))((q, k, v), twice, g)
     expected = in_float64((q, k, v), mask, g)
-    expected[0] = expected[0] * np.tile(segments > 0, 2)[..., None, None]
+    expected[0] = expected[0] * (twice > 0)[..., None, None]
     assert_close(found, expected, atol=1e-5)
 
 
@@ -200,7 +204,7 @@ CAPACITY, LAYERS, LENGTHS = 50, 2, np.array([0, 5, 16, 29])
 
 
 def random_cache(rng, per_layer):
-    """Rows of ragged length, one of them empty, with old entries everywhere behind; (cache, k, v), stacked or layer by layer."""
+    """(cache, k, v): rows of ragged length, one of them empty, with old entries everywhere behind."""
     k, v = rng.normal(size=(2, LAYERS, 4, 2, CAPACITY, 8)).astype(np.float32)
     stored = (lambda x: tuple(jnp.asarray(layer) for layer in x)) if per_layer else jnp.asarray
     return KVCache(stored(k), stored(v), jnp.asarray(LENGTHS, jnp.int32)), k, v
@@ -215,13 +219,13 @@ def layer_of(x, layer):
 @pytest.mark.parametrize("window", [1, 20])
 def test_a_window_behind_a_cache_equals_the_reference(monkeypatch, window, score_bytes, per_layer):
     """It sees the committed entries and, in itself, what the mask says; old entries behind do not matter."""
-    monkeypatch.setattr(attention, "SCORE_BYTES", score_bytes)
+    monkeypatch.setattr(cached_attention, "SCORE_BYTES", score_bytes)
     rng = np.random.default_rng(0)
     cache, k, v = random_cache(rng, per_layer)
     q = rng.normal(size=(4, window, 6, 8)).astype(np.float32)
     new_k, new_v = rng.normal(size=(2, 4, window, 2, 8)).astype(np.float32)
     mask = (rng.random((4, window, window)) < 0.5) | np.eye(window, dtype=bool)
-    out, context = attention.Appended(cache, jnp.array(mask), layer=1).attend(q, new_k, new_v)
+    out, context = Cached.appended(cache, jnp.array(mask)).replace(layer=1).attend(q, new_k, new_v)
     for row, length in enumerate(LENGTHS):
         keys, values = (
             np.concatenate([old[1, row, :, :length].swapaxes(0, 1), new[row]])[None]
@@ -241,9 +245,11 @@ def test_a_window_behind_a_cache_equals_the_reference(monkeypatch, window, score
 @pytest.mark.parametrize("per_layer", [False, True], ids=["stacked", "per layer"])
 @pytest.mark.parametrize("score_bytes", [1500, 2**28], ids=["in parts", "at once"])
 def test_a_window_in_place_equals_the_reference(monkeypatch, score_bytes, per_layer):
-    """Its keys stand at their positions before queries see the first `length` entries, stale ones included; padding of the
-    window, past the end of the cache, is written nowhere."""
-    monkeypatch.setattr(attention, "SCORE_BYTES", score_bytes)
+    """Its keys stand at their positions before queries see the first `length` entries, stale ones included.
+
+    Padding of the window, past the end of the cache, is written nowhere.
+    """
+    monkeypatch.setattr(cached_attention, "SCORE_BYTES", score_bytes)
     rng = np.random.default_rng(1)
     cache, k, v = random_cache(rng, per_layer)
     window = 6
@@ -251,14 +257,17 @@ def test_a_window_in_place_equals_the_reference(monkeypatch, score_bytes, per_la
     new_k, new_v = rng.normal(size=(2, 4, window, 2, 8)).astype(np.float32)
     positions = np.stack([rng.choice(CAPACITY, window, replace=False) for _ in range(4)])
     positions[:, 4:] = CAPACITY + np.arange(2)
-    out, context = attention.InPlace(cache, jnp.asarray(positions), layer=1).attend(q, new_k, new_v)
+    out, context = Cached.in_place(cache, jnp.asarray(positions)).replace(layer=1).attend(q, new_k, new_v)
     for row, length in enumerate(LENGTHS):
         stored = [x[1, row].swapaxes(0, 1).copy() for x in (k, v)]  # [entry, head, head_dim]
         for x, new in zip(stored, (new_k, new_v), strict=True):
             x[positions[row, :4]] = new[row, :4]
         visible = np.broadcast_to(np.arange(CAPACITY) < length, (1, window, CAPACITY))
         expected = reference_attention(q[row : row + 1], *(x[None] for x in stored), visible)
-        np.testing.assert_allclose(out[row : row + 1], expected, atol=1e-5)
+        if length:
+            np.testing.assert_allclose(out[row : row + 1], expected, atol=1e-5)
+        else:
+            assert np.isfinite(out[row]).all(), "a query that sees nothing gets finite values"
         np.testing.assert_array_equal(layer_of(context.cache.v, 1)[row].swapaxes(0, 1), stored[1])
     np.testing.assert_array_equal(layer_of(context.cache.v, 0), v[0])
 

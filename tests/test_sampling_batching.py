@@ -9,7 +9,7 @@ import pytest
 from sampling_cases import MODEL, expected, oracle_forward, random_params, random_prompts, same_tokens
 
 from refusion_jax.errors import UserError
-from refusion_jax.model import attention
+from refusion_jax.model import cached_attention
 from refusion_jax.model.attention import Packed
 from refusion_jax.model.head import over_vocabulary
 from refusion_jax.model.qwen3 import Qwen3, unstacked
@@ -287,7 +287,7 @@ def test_samples_follow_the_distribution():
         wanted = np.where(probs >= np.sort(probs)[::-1][min(keep, top_k or keep) - 1], probs, 0)
         config = dataclasses.replace(CONFIG, temperature=2.0, top_k=top_k, top_p=top_p)
         query = reduction.Query.of(jnp.zeros(n, int), keys, Settings.of(config, MODEL.eos_token_id))
-        drafts = reduction.reduce(MODEL, jnp.broadcast_to(logits, (n, MODEL.vocab_size)), query).draft
+        drafts = reduction.reduce(MODEL, jnp.broadcast_to(logits, (n, MODEL.vocab_size)), query, sampled=True).draft
         found = np.bincount(np.asarray(drafts), minlength=MODEL.vocab_size) / n
         np.testing.assert_allclose(found, wanted / wanted.sum(), atol=0.03)
 
@@ -358,7 +358,7 @@ def test_same_tokens_on_a_mesh(answers, shape):
 
 def test_temporaries_of_the_loop_do_not_grow_with_the_cache(monkeypatch):
     """Neither with its layers (there is no copy of it) nor with its length (scores of at most SCORE_BYTES exist)."""
-    monkeypatch.setattr(attention, "SCORE_BYTES", 2 * 2 * 16 * 512 * 4)
+    monkeypatch.setattr(cached_attention, "SCORE_BYTES", 2 * 2 * 16 * 512 * 4)
 
     config = dataclasses.replace(CONFIG, speculate="off")
 

@@ -1,12 +1,12 @@
 """Attention contexts: which keys a query sees, and where they come from.
 
-A context is what the caller of the model passes along: a small struct with `attend(q, k, v) -> (out, context)`, called once
-by every layer. The model never chooses one.
+A context is what the caller of the model passes along: a small struct with `attend(q, k, v) -> (out, context)`, called
+once by every layer. The model never chooses one.
 
-    Packed      rows of several examples, each seeing its own: causal, all, block-causal, or with extra visibility
-    TwoStream   block diffusion in training: a noisy and a clean copy of every token
-    Appended    decoding: a window behind the entries of a cache
-    InPlace     decoding: a window that overwrites its own positions in a cache, stale entries included
+    Packed            rows of several examples, each seeing its own: causal, all, block-causal, or with extra visibility
+    TwoStream         block diffusion in training: a noisy and a clean copy of every token
+    Cached.appended   decoding: a window behind the entries of a cache (cached_attention.py)
+    Cached.in_place   decoding: a window that overwrites its own positions in a cache, stale entries included
 """
 
 import functools
@@ -17,11 +17,8 @@ from flax import struct
 from jax.ad_checkpoint import checkpoint_name
 
 from refusion_jax.model import flash
-from refusion_jax.model.cache import KVCache
-from refusion_jax.model.layers import devices_over
 
 QUERY_CHUNK = 512  # queries whose scores exist at a time in training
-SCORE_BYTES = 2**28  # of float32 scores against a cache that one device holds at a time
 
 
 def masked_attention(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array) -> jax.Array:
@@ -76,7 +73,7 @@ class Packed:
 
     Attributes:
       segment_ids: [batch, length] int32, 0 is padding.
-      see: "causal" (those before it in the buffer, and itself), "all", or "block" (those of its own and earlier blocks).
+      see: "causal" (itself and those before it in the buffer), "all", or "block" (those of its own and earlier blocks).
       blocks: [batch, length] int32, the block of every token; for "block" only.
       extra: [1 or batch, length, length] bool (query, key), seen besides, inside the segment; None: nothing.
       implementation: of the kernel (`flash.choose` for "auto").
@@ -143,108 +140,3 @@ class TwoStream:
     def attend(self, q, k, v):
         """q [B, T, N, H], k and v [B, T, K, H] -> ([B, T, N, H] under the checkpoint name "attended", self)."""
         return checkpoint_name(chunked_attention(q, k, v, self.visible), "attended"), self
-
-
-class _Softmax:
-    """A softmax over keys that come in parts: running maximum, sum and weighted values, in float32."""
-
-    def __init__(self, q: jax.Array, kv_heads: int):
-        batch, window, heads, dim = q.shape
-        self.q, self.grouped = q, q.reshape(batch, window, kv_heads, heads // kv_heads, dim)
-        self.shape = (batch, kv_heads, heads // kv_heads, window)
-
-    def start(self) -> tuple[jax.Array, jax.Array, jax.Array]:
-        lowest = jnp.finfo(jnp.float32).min
-        return jnp.full(self.shape, lowest), jnp.zeros(self.shape), jnp.zeros((*self.shape, self.q.shape[-1]))
-
-    def add(self, carry, k: jax.Array, v: jax.Array, mask: jax.Array):
-        """One more part of keys [B, K, S, H] under mask [B, T or 1, S]."""
-        top, total, out = carry  # [B, K, G, T], the same, [B, K, G, T, H]
-        dtype = self.q.dtype
-        scores = jnp.einsum("BTKGH,BKSH->BKGTS", self.grouped, k.astype(dtype), preferred_element_type=jnp.float32)
-        scores = jnp.where(mask[:, None, None], scores * k.shape[-1] ** -0.5, jnp.finfo(jnp.float32).min)
-        new_top = jnp.maximum(top, scores.max(axis=-1))
-        weights, old = jnp.exp(scores - new_top[..., None]), jnp.exp(top - new_top)
-        # A part of which a query sees nothing weighs nothing, whatever comes first.
-        weights = jnp.where(mask[:, None, None], weights, 0.0)
-        part = jnp.einsum(
-            "BKGTS,BKSH->BKGTH", weights.astype(dtype), v.astype(dtype), preferred_element_type=jnp.float32
-        )
-        return new_top, total * old + weights.sum(axis=-1), out * old[..., None] + part
-
-    def add_cache(self, carry, cache: KVCache, layer: jax.Array | int):
-        """The first `cache.length` entries of a layer, in parts whose scores stay within SCORE_BYTES."""
-        per_entry = 4 * self.q.shape[0] * self.q.shape[1] * self.q.shape[2] // devices_over("batch", "heads")
-        parts = -(-cache.cache_length * per_entry // SCORE_BYTES)
-        size = -(-cache.cache_length // parts)
-        if parts == 1:
-            mask = jnp.arange(size) < cache.length[:, None]
-            return self.add(carry, *cache.read(layer, 0, size), mask[:, None])
-
-        def one(i, carry):
-            first = jnp.minimum(i * size, cache.cache_length - size)  # the last part may overlap the one before
-            entry = first + jnp.arange(size)
-            mask = (entry < cache.length[:, None]) & (entry >= i * size)
-            return self.add(carry, *cache.read(layer, first, size), mask[:, None])
-
-        return jax.lax.fori_loop(0, parts, one, carry)
-
-    def finish(self, carry) -> jax.Array:
-        """[B, T, N, H] in q's dtype; 0 where a query saw nothing."""
-        _, total, out = carry
-        out = (out / jnp.where(total > 0, total, 1.0)[..., None]).astype(self.q.dtype)
-        return jnp.einsum("BKGTH->BTKGH", out).reshape(self.q.shape)
-
-
-@struct.dataclass
-class Appended:
-    """A window behind the `cache.length` committed entries of each row: plan-and-infill, autoregressive, block diffusion.
-
-    Each layer writes the window's keys and values at `length .. length + window`; `cache.length` stays as it is.
-
-    Attributes:
-      cache: as the layers so far have left it.
-      window_mask: [batch, window, window] bool (query, key) inside the window.
-      layer: of the next `attend`.
-    """
-
-    cache: KVCache
-    window_mask: jax.Array
-    layer: jax.Array | int = 0
-
-    def attend(self, q, k, v):
-        """q [B, T, N, H], k and v [B, T, K, H] -> ([B, T, N, H], self with the window written)."""
-        k, v = (jnp.einsum("BTKH->BKTH", x) for x in (k, v))
-        entries = self.cache.length[:, None] + jnp.arange(q.shape[1])
-        # Written first and read from what was written: XLA then updates the cache in place.
-        cache = self.cache.write(self.layer, entries, k, v)
-        softmax = _Softmax(q, k.shape[1])
-        carry = softmax.add(softmax.start(), k, v, self.window_mask)
-        carry = softmax.add_cache(carry, cache, self.layer)
-        return softmax.finish(carry), self.replace(cache=cache, layer=self.layer + 1)
-
-
-@struct.dataclass
-class InPlace:
-    """A window whose keys and values overwrite the entries of its positions; queries then see entries [0, cache.length).
-
-    Entry = position. What is not in the window is seen as it was computed last: an exact cache when it cannot have changed, a
-    stale one (dKV-Cache, prefix and dual caches) when it can.
-
-    Attributes:
-      cache: as the layers so far have left it.
-      positions: [batch, window] int32; past the end of the cache: padding that is written nowhere.
-      layer: of the next `attend`.
-    """
-
-    cache: KVCache
-    positions: jax.Array
-    layer: jax.Array | int = 0
-
-    def attend(self, q, k, v):
-        """q [B, T, N, H], k and v [B, T, K, H] -> ([B, T, N, H], self with the window written)."""
-        k, v = (jnp.einsum("BTKH->BKTH", x) for x in (k, v))
-        cache = self.cache.write(self.layer, self.positions, k, v)
-        softmax = _Softmax(q, k.shape[1])
-        out = softmax.finish(softmax.add_cache(softmax.start(), cache, self.layer))
-        return out, self.replace(cache=cache, layer=self.layer + 1)

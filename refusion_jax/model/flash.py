@@ -1,7 +1,7 @@
 """Attention kernels that never hold the scores: splash attention on TPU, cuDNN flash attention on GPU.
 
-Both are exact for packed rows: inside a segment, causal in buffer order or not. They work on the heads and rows of one device,
-so under a mesh they run in a `shard_map`.
+Both are exact for packed rows: inside a segment, causal in buffer order or not. They work on the heads and rows of one
+device, so under a mesh they run in a `shard_map`.
 """
 
 import functools
@@ -19,7 +19,8 @@ BLOCK = 512  # largest tile of queries or keys in splash
 
 
 def platform() -> tuple[str, str]:
-    """("tpu", "TPU v5p") and the like: where the program being traced will run, which is the mesh's device if there is one.
+    """("tpu", "TPU v5p") and the like: where the program being traced will run, which is the mesh's device if there is
+    one.
 
     A program may be compiled for a TPU topology on a machine that has none, so the default backend does not tell.
     """
@@ -132,3 +133,55 @@ def cudnn(q: jax.Array, k: jax.Array, v: jax.Array, segment_ids: jax.Array, *, c
     """cuDNN flash attention; arguments as in `splash`. The segments go in as a [batch, 1, query, key] mask."""
     same = segment_ids[:, None, :, None] == segment_ids[:, None, None, :]
     return jax.nn.dot_product_attention(q, k, v, mask=same, is_causal=causal, implementation="cudnn")
+
+
+def choose_decoding(implementation: str, platform: str, head_dim: int, dtype: str) -> str:
+    """ "cudnn" or "xla": how a window attends on a cache. Splash, which training may use, has no such kernel."""
+    able = platform in ("gpu", "cuda") and dtype == "bfloat16" and head_dim % 8 == 0 and head_dim <= 128
+    return "cudnn" if able and implementation in ("auto", "cudnn") else "xla"
+
+
+def cudnn_cached(q: jax.Array, keys: jax.Array, values: jax.Array, seen: jax.Array) -> jax.Array:
+    """cuDNN attention of a window on a cache, which is read as it lies.
+
+    The public function wants keys as [batch, length, head, dim]: XLA would copy the whole cache for it.
+
+    Args:
+      q: [batch, window, heads, head_dim].
+      keys, values: [batch, kv_heads, cache_length, head_dim], the window's written into them.
+      seen: [batch, window, cache_length] bool.
+
+    Returns:
+      [batch, window, heads, head_dim].
+    """
+    from jax._src.cudnn import fused_attention_stablehlo as fused  # private
+
+    bias = jnp.where(seen[:, None], 0, jnp.finfo(q.dtype).min).astype(q.dtype)
+    # Entries behind the last that any query of the row sees are not read.
+    last = jnp.max(jnp.where(seen.any(axis=1), jnp.arange(seen.shape[2]) + 1, 1), axis=1).astype(jnp.int32)
+
+    def attend(q, keys, values, bias, last):
+        window = jnp.full(q.shape[0], q.shape[2], jnp.int32)
+        return fused.dot_product_attention(
+            q,
+            keys,
+            values,
+            bias,
+            q_seqlen=window,
+            kv_seqlen=last,
+            mask_type=fused.MaskType.PADDING,
+            scale=q.shape[3] ** -0.5,
+            qkv_layout="BNTH",
+        )
+
+    heads_first = jnp.einsum("BTNH->BNTH", q)
+    if not jax.sharding.get_abstract_mesh().empty:
+        axes = (
+            ("batch", "heads", None, None),
+            *(("batch", "kv_heads", None, None),) * 2,
+            ("batch", None, None, None),
+            ("batch",),
+        )
+        specs = tuple(nn.logical_to_mesh_axes(a) for a in axes)
+        attend = jax.shard_map(attend, in_specs=specs, out_specs=specs[0], check_vma=False)
+    return jnp.einsum("BNTH->BTNH", attend(heads_first, keys, values, bias, last))

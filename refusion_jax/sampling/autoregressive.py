@@ -68,8 +68,8 @@ class Autoregressive:
 
     def advance(self, row: Row, window: Window, seen: Seen) -> tuple[Row, jax.Array]:
         """The row with one more token, and how many tokens of the window go into the cache."""
-        count = row.canvas.count
-        canvas = row.canvas.commit(count[None], seen.draft, jnp.int32(1), count)
+        count, active = row.canvas.count, ~row.done
+        canvas = row.canvas.commit(count[None], seen.draft, active.astype(jnp.int32), count)
         last = seen.draft[0]
-        done = row.settings.stops(last) | (canvas.count == row.settings.limit)
-        return row.replace(done=done, canvas=canvas, last=last), jnp.int32(1)
+        done = row.done | row.settings.stops(last) | (canvas.count == row.settings.limit)
+        return row.replace(done=done, canvas=canvas, last=last), active.astype(jnp.int32)

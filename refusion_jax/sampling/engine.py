@@ -25,8 +25,8 @@ from flax import struct
 from jax.sharding import Mesh
 
 from refusion_jax.errors import UserError
-from refusion_jax.model.attention import Appended
 from refusion_jax.model.cache import KVCache
+from refusion_jax.model.cached_attention import Cached
 from refusion_jax.model.config import ModelConfig
 from refusion_jax.model.head import over_vocabulary
 from refusion_jax.model.qwen3 import Qwen3, unstacked
@@ -35,7 +35,7 @@ from refusion_jax.sampling import reduction
 from refusion_jax.sampling.autoregressive import Autoregressive
 from refusion_jax.sampling.config import MAX_STOP_IDS, Generation, SamplerConfig, Settings, check_prompts
 from refusion_jax.sampling.plan_and_infill import PlanAndInfill
-from refusion_jax.sampling.state import Request, State, select
+from refusion_jax.sampling.state import Canvas, Request, State
 
 # Tokens a forward takes in about the time that reading the weights takes, on chips made for this. On a CPU every token
 # costs.
@@ -113,9 +113,11 @@ def static_part(config: SamplerConfig) -> dict[str, Any]:
 
 
 def cache_bucket(entries: int) -> int:
-    """Length of a cache that holds so many entries: 2^n or 3/4 of it, so that a few programs serve all lengths."""
+    """Length of a cache that holds so many entries: 128, 256, 384, 512, 768, 1024, ..: a few programs serve all
+    lengths.
+    """
     power = max(128, 1 << (entries - 1).bit_length())
-    return power if entries > power * 3 // 4 else power * 3 // 4
+    return power if power < 512 or entries > power * 3 // 4 else power * 3 // 4
 
 
 # ---------------------------------------------------------------------------------------------- what is compiled
@@ -133,18 +135,19 @@ def empty(sampler, batch: int, cache_length: int) -> State:
 
 def forward(sampler, params: dict, state: State) -> State:
     """One pass of every row's window, and what follows from it."""
-    window = jax.vmap(sampler.ask)(state.rows)
-    context = Appended(state.cache, window.mask)
-    hidden, context = Qwen3(sampler.model).apply({"params": params}, window.tokens, window.positions, context)
+    model, rows = sampler.model, state.rows
+    window = jax.vmap(sampler.ask)(rows)
+    context = Cached.appended(state.cache, window.mask, model.attention)
+    hidden, context = Qwen3(model).apply({"params": params}, window.tokens, window.positions, context)
     leaves, tree = jax.tree.flatten(window.query)
-    reduce = lambda logits, *query: reduction.reduce(sampler.model, logits, tree.unflatten(query))
-    seen = over_vocabulary(sampler.model, params, hidden, reduce, *leaves)
 
-    def advance(row, window, seen):
-        after, count = sampler.advance(row.replace(canvas=row.canvas.forwarded(window.used)), window, seen)
-        return select(row.done, row, after), jnp.where(row.done, 0, count)
+    def head(sampled: bool):
+        reduce = lambda logits, *query: reduction.reduce(model, logits, tree.unflatten(query), sampled)
+        return lambda: over_vocabulary(model, params, hidden, reduce, *leaves)
 
-    rows, committed = jax.vmap(advance)(state.rows, window, seen)
+    seen = jax.lax.cond((rows.settings.temperature > 0).any(), head(True), head(False))
+    rows = rows.replace(canvas=jax.vmap(Canvas.forwarded)(rows.canvas, jnp.where(rows.done, 0, window.used)))
+    rows, committed = jax.vmap(sampler.advance)(rows, window, seen)
     return State(context.cache.commit(committed), rows)
 
 
@@ -174,7 +177,8 @@ def prefill(sampler, params: dict, state: State, chunk: Chunk) -> State:
     # Padding is forwarded too: it comes last, and what it leaves in the cache is overwritten before it can be seen.
     view = state.cache.replace(rows=chunk.row, length=offset)
     positions = offset[:, None] + jnp.arange(width)
-    _, context = Qwen3(sampler.model).apply({"params": params}, flat(chunk.tokens), positions, Appended(view, causal))
+    context = Cached.appended(view, causal, sampler.model.attention)
+    _, context = Qwen3(sampler.model).apply({"params": params}, flat(chunk.tokens), positions, context)
     cache = context.cache.replace(rows=None, length=state.cache.length.at[to].set(offset + count, mode="drop"))
 
     key = jax.vmap(lambda seed, index: jax.random.fold_in(jax.random.key(seed), index))

@@ -257,10 +257,10 @@ class PlanAndInfill:
     def commit(self, row: Row, window: Window, outcome: Outcome) -> tuple[Row, jax.Array]:
         """The row with the outcome's slots committed up to the first stop id, and how many tokens that were."""
         n, k = self.slots, self.slot_size
-        committing = outcome.taken.any()
+        committing = outcome.taken.any() & ~row.done
         ends = committing & (outcome.stop_slot < n)
         stop_at = first(row.settings.stops(row.fill))[outcome.stop_slot % n]
-        count = jnp.sum(outcome.taken) * k - jnp.where(ends, k - 1 - stop_at, 0)
+        count = jnp.where(committing, jnp.sum(outcome.taken) * k, 0) - jnp.where(ends, k - 1 - stop_at, 0)
         offsets = window.positions[: n * k] - row.prompt_length
         canvas = row.canvas.commit(offsets, window.tokens[: n * k], count, row.round - 1)
 
@@ -268,7 +268,7 @@ class PlanAndInfill:
         ended = row.ended | ends
         over = committing & ~remaining.any()
         last_block = (row.block + 1) * n * k >= row.settings.limit
-        done = over & (ended | last_block)
+        done = row.done | (over & (ended | last_block))
         block = row.block + (over & ~done)
         return row.replace(
             done=done,

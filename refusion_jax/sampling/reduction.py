@@ -47,28 +47,26 @@ class Seen:
     draft_prob: jax.Array
 
 
-def reduce(model: ModelConfig, logits: jax.Array, query: Query) -> Seen:
-    """Reduces logits [tokens, vocab]; the mask and begin ids take no part (padded rows of the table are -inf
-    already).
+def reduce(model: ModelConfig, logits: jax.Array, query: Query, sampled: bool) -> Seen:
+    """Reduces logits [tokens, vocab]; the mask and begin ids take no part (padded rows of the table are -inf already).
+
+    Args:
+      sampled: whether any token has a temperature; else the draft is `top`.
     """
     ids = jnp.arange(model.vocab_size)
-    never = [i for i in (model.mask_token_id, model.begin_token_id) if i is not None]
-    for i in never:
-        logits = jnp.where(ids == i, -jnp.inf, logits)
+    for never in (model.mask_token_id, model.begin_token_id):
+        logits = logits if never is None else jnp.where(ids == never, -jnp.inf, logits)
     total = jax.nn.logsumexp(logits, axis=-1)
 
     def prob(token):
         # A comparison and a maximum, not a gather: it stays a local reduction when the vocabulary is sharded.
         return jnp.exp(jnp.max(jnp.where(ids == token[..., None], logits, -jnp.inf), axis=-1) - total)
 
-    top = jnp.argmax(logits, axis=-1)
-    top_prob = prob(top)
-
-    def sampled():
+    top, top_prob = jnp.argmax(logits, axis=-1), jnp.exp(jnp.max(logits, axis=-1) - total)
+    draft, draft_prob = top, top_prob
+    if sampled:
         draft = jnp.where(query.temperature > 0, sample(logits, query), top)
-        return draft, prob(draft)
-
-    draft, draft_prob = jax.lax.cond((query.temperature > 0).any(), sampled, lambda: (top, top_prob))
+        draft_prob = prob(draft)
     return Seen(top, top_prob, prob(query.next_tokens), draft, draft_prob)
 
 

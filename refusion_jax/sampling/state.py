@@ -67,16 +67,16 @@ class Canvas:
         )
 
     def forwarded(self, tokens: jax.Array) -> "Canvas":
-        """One more pass, with so many tokens of this row in it."""
-        return self.replace(forwards=self.forwards + 1, tokens_forwarded=self.tokens_forwarded + tokens)
+        """One more pass with so many tokens of this row in it; 0: it took no part."""
+        return self.replace(forwards=self.forwards + (tokens > 0), tokens_forwarded=self.tokens_forwarded + tokens)
 
 
 @struct.dataclass
 class State:
     """A batch being decoded.
 
-    `rows` is the sampler's own struct with a leading batch axis on every leaf; it has at least `done` [batch] bool and
-    `canvas`.
+    `rows` is the sampler's own struct with a leading batch axis on every leaf; it has at least `done` [batch] bool,
+    `settings` and `canvas`.
     """
 
     cache: KVCache

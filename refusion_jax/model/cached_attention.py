@@ -1,0 +1,123 @@
+"""Attention of a window on a key/value cache: decoding."""
+
+import jax
+import jax.numpy as jnp
+from flax import struct
+
+from refusion_jax.model import flash
+from refusion_jax.model.cache import KVCache
+from refusion_jax.model.layers import devices_over
+
+SCORE_BYTES = 2**28  # of float32 scores that one device holds at a time
+
+
+@struct.dataclass
+class Cached:
+    """A window whose keys and values are written into the cache first; queries then see entries of the cache alone.
+
+    Attributes:
+      cache: as the layers so far have left it; its `length` stays as it is.
+      entries: [batch, window] int32, where the window's keys and values go; past the end of the cache: nowhere.
+      seen: [batch, window, cache_length] bool, which entries a query sees.
+      layer: of the next `attend`.
+      implementation: of the kernel: "auto", "xla" or "cudnn".
+    """
+
+    cache: KVCache
+    entries: jax.Array
+    seen: jax.Array
+    layer: jax.Array | int = 0
+    implementation: str = struct.field(pytree_node=False, default="auto")
+
+    @classmethod
+    def appended(cls, cache: KVCache, window_mask: jax.Array, implementation: str = "auto") -> "Cached":
+        """A window behind the committed entries of each row: plan-and-infill, autoregressive, block diffusion.
+
+        Args:
+          window_mask: [batch, window, window] bool (query, key) inside the window; all see what is committed.
+        """
+        window = window_mask.shape[2]
+        behind = jnp.arange(cache.cache_length) - cache.length[:, None]  # [B, S]
+        inside = jnp.take_along_axis(window_mask, jnp.clip(behind, 0, window - 1)[:, None], axis=2)
+        behind = behind[:, None]
+        seen = (behind < 0) | (inside & (behind < window))
+        return cls(cache, cache.length[:, None] + jnp.arange(window), seen, implementation=implementation)
+
+    @classmethod
+    def in_place(cls, cache: KVCache, positions: jax.Array, implementation: str = "auto") -> "Cached":
+        """A window that overwrites the entries of its positions; queries then see entries [0, cache.length).
+
+        Entry = position. What is not in the window is seen as it was computed last: an exact cache when it cannot have
+        changed, a stale one (dKV-Cache, prefix and dual caches) when it can.
+
+        Args:
+          positions: [batch, window] int32; past the end of the cache: padding.
+        """
+        seen = jnp.arange(cache.cache_length) < cache.length[:, None]
+        seen = jnp.broadcast_to(seen[:, None], (*positions.shape, cache.cache_length))
+        return cls(cache, positions, seen, implementation=implementation)
+
+    def attend(self, q, k, v):
+        """q [B, T, N, H], k and v [B, T, K, H] -> ([B, T, N, H], self with the window written)."""
+        k, v = (jnp.einsum("BTKH->BKTH", x) for x in (k, v))
+        # Written first and read from what was written: XLA then updates the cache in place.
+        cache = self.cache.write(self.layer, self.entries, k, v)
+        after = self.replace(cache=cache, layer=self.layer + 1)
+        platform, _ = flash.platform()
+        if flash.choose_decoding(self.implementation, platform, q.shape[3], q.dtype.name) == "cudnn":
+            keys, values = cache.read(self.layer, 0, cache.cache_length)
+            return flash.cudnn_cached(q, keys, values, self.seen), after
+        size = 4 * q.shape[0] * q.shape[1] * q.shape[2] * cache.cache_length // devices_over("batch", "heads")
+        parts = -(-size // SCORE_BYTES)
+        return (
+            in_parts(q, cache, self.layer, self.seen, parts) if parts > 1 else whole(q, cache, self.layer, self.seen)
+        ), after
+
+
+def grouped(q: jax.Array, kv_heads: int) -> jax.Array:
+    """[B, T, N, H] -> [B, T, K, G, H]: each kv head serves the G query heads of its group."""
+    return q.reshape(*q.shape[:2], kv_heads, q.shape[2] // kv_heads, q.shape[3])
+
+
+def masked_scores(q: jax.Array, keys: jax.Array, seen: jax.Array) -> jax.Array:
+    """float32 scores [B, K, G, T, S] of grouped queries on keys [B, K, S, H]; the lowest number where a query does
+    not see.
+    """
+    scores = jnp.einsum("BTKGH,BKSH->BKGTS", q, keys.astype(q.dtype), preferred_element_type=jnp.float32)
+    return jnp.where(seen[:, None, None], scores * keys.shape[-1] ** -0.5, jnp.finfo(jnp.float32).min)
+
+
+def whole(q: jax.Array, cache: KVCache, layer: jax.Array | int, seen: jax.Array) -> jax.Array:
+    """Attention [B, T, N, H] with all scores at once."""
+    keys, values = cache.read(layer, 0, cache.cache_length)
+    weights = jax.nn.softmax(masked_scores(grouped(q, keys.shape[1]), keys, seen), axis=-1).astype(q.dtype)
+    return jnp.einsum("BKGTS,BKSH->BTKGH", weights, values.astype(q.dtype)).reshape(q.shape)
+
+
+def in_parts(q: jax.Array, cache: KVCache, layer: jax.Array | int, seen: jax.Array, parts: int) -> jax.Array:
+    """The same, with the scores of one part of the cache at a time: a running maximum, sum and weighted sum of
+    values.
+    """
+    size = -(-cache.cache_length // parts)
+    queries = grouped(q, jax.tree.leaves(cache.k)[0].shape[-3])
+
+    def add(i, carry):
+        top, total, out = carry  # [B, K, G, T], the same, [B, K, G, T, H]
+        first = jnp.minimum(i * size, cache.cache_length - size)  # the last part may overlap the one before
+        keys, values = cache.read(layer, first, size)
+        here = jax.lax.dynamic_slice_in_dim(seen, first, size, axis=2) & (first + jnp.arange(size) >= i * size)
+        scores = masked_scores(queries, keys, here)
+        new_top = jnp.maximum(top, scores.max(axis=-1))
+        # What is not seen weighs nothing, also as long as a query has seen nothing at all.
+        weights = jnp.where(here[:, None, None], jnp.exp(scores - new_top[..., None]), 0.0)
+        old = jnp.exp(top - new_top)
+        part = jnp.einsum(
+            "BKGTS,BKSH->BKGTH", weights.astype(q.dtype), values.astype(q.dtype), preferred_element_type=jnp.float32
+        )
+        return new_top, total * old + weights.sum(axis=-1), out * old[..., None] + part
+
+    shape = (q.shape[0], queries.shape[2], queries.shape[3], *q.shape[1::2])
+    start = jnp.full(shape[:-1], jnp.finfo(jnp.float32).min), jnp.zeros(shape[:-1]), jnp.zeros(shape)
+    _, total, out = jax.lax.fori_loop(0, parts, add, start)
+    out = (out / jnp.where(total > 0, total, 1.0)[..., None]).astype(q.dtype)
+    return jnp.einsum("BKGTH->BTKGH", out).reshape(q.shape)
