@@ -1,5 +1,6 @@
-"""What the compiled programs hold, move and send: on the CPU's own devices; for TPUs and GPUs where their compilers are."""
+"""What the compiled programs hold, move and send: on CPU devices; for TPUs and GPUs where their compilers are."""
 
+import collections
 import dataclasses
 import importlib.util
 import json
@@ -11,6 +12,13 @@ import jax
 import jax.numpy as jnp
 import pytest
 
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent / "tools"))
+import collectives
+import compile_step
+import hlo
+import roofline
+import targets
+
 from refusion_jax import step as steps_lib
 from refusion_jax.config import Config, DataConfig, load_config
 from refusion_jax.errors import UserError
@@ -18,16 +26,9 @@ from refusion_jax.metrics.flops import CHIPS
 from refusion_jax.model import head
 from refusion_jax.model.config import ModelConfig, qwen3
 from refusion_jax.parallel.mesh import make_mesh
-from refusion_jax.sampling.config import SamplerConfig
+from refusion_jax.sampling.config import METHODS, SamplerConfig
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT / "tools"))
-import collectives
-import compile_step
-import hlo
-import roofline
-import targets
-
 needs_libtpu = [
     pytest.mark.tpu_compiler,
     pytest.mark.skipif(
@@ -96,7 +97,7 @@ def collective_list(text: str, mesh) -> list[collectives.Collective]:
 
 
 def tokens_with_logits(text: str) -> int:
-    """Most tokens of one device whose logits are held at a time: of arrays with the vocabulary, or a shard of it, last."""
+    """Tokens of a device whose logits are held at a time: in arrays with the vocabulary, or a shard of it, last."""
     found = [math.prod(dims[:-1]) for _, dims in hlo.arrays(text) if len(dims) > 2 and dims[-1] in (1664, 832)]
     assert found  # the loss is in there
     return max(found)
@@ -132,15 +133,15 @@ def test_parameters_and_optimizer_are_sharded_over_fsdp_and_tensor(shape):
 
 @pytest.mark.parametrize("name", ["tiny", "0p6b", "8b"])
 def test_shardings_are_the_reviewed_ones(name):
-    """When a change is meant: python tools/compile_step.py --config configs/NAME.py --shardings > tests/golden/NAME.txt"""
+    """If meant: python tools/compile_step.py --config configs/NAME.py --shardings > tests/golden/NAME.txt"""
     config = load_config(str(ROOT / f"configs/{name}.py"))
     assert compile_step.shardings(config.model) == (ROOT / f"tests/golden/{name}.txt").read_text()
 
 
 def collectives_of_a_gradient(mesh, *shape: int) -> list[collectives.Collective]:
-    """Of the gradient of a weight of that shape, sharded over fsdp, from rows sharded over data x fsdp; all in bfloat16."""
+    """Of a weight of that shape, sharded over fsdp, from rows sharded over data x fsdp; all in bfloat16."""
     place = lambda shape, *spec: jax.ShapeDtypeStruct(
-        shape, jnp.bfloat16, sharding=jax.sharding.NamedSharding(mesh, jax.P(*spec))
+        shape, jnp.bfloat16, sharding=jax.NamedSharding(mesh, jax.P(*spec))
     )
     w, x = place(shape, "fsdp"), place((64, 128, shape[0]), ("data", "fsdp"))
     gradient = jax.jit(
@@ -165,7 +166,7 @@ HloModule jit_f, is_scheduled=true
 
 %taken (p: f32[4]) -> f32[4] {
   %p = f32[4]{0} parameter(0)
-  %cp = (f32[4]{0}, f32[4]{0}, u32[], u32[]) collective-permute-start(%p), channel_id=3, source_target_pairs={{0,2},{2,0}}
+  %cp = (f32[4], f32[4], u32[], u32[]) collective-permute-start(%p), channel_id=3, source_target_pairs={{0,2},{2,0}}
 }
 
 ENTRY %main (a: f32[8,16]) -> f32[8,16] {
@@ -201,7 +202,7 @@ def test_collectives_of_a_real_program_are_those_of_its_shardings():
     """A product over a sharded dimension is one all-reduce of the result, in a loop as often as that runs."""
     mesh = make_mesh(1, 4, 2)
     place = lambda shape, *spec: jax.ShapeDtypeStruct(
-        shape, jnp.float32, sharding=jax.sharding.NamedSharding(mesh, jax.P(*spec))
+        shape, jnp.float32, sharding=jax.NamedSharding(mesh, jax.P(*spec))
     )
 
     def f(x, w):
@@ -273,6 +274,8 @@ def test_the_tool_reports_on_local_devices(monkeypatch, tmp_path, capsys):
     "arguments, words",
     [
         (["--topology", "v5p-64"], "'v5p-64' is not of the form"),
+        (["--topology", "h999:8"], "'h999:8' is not of the form"),
+        (["--topology", "h100:8", "--slices", "2"], "--slices 2 is for TPUs"),
         (["--config.mesh.fsdp=3"], "does not fit 8 devices"),
         (["--config.mesh.fsdp=2", "--config.mesh.tensor=4"], "tensor = 4 does not divide model.num_kv_heads = 2"),
         (["--decode", "--batch", "3"], "--batch 3 does not split"),
@@ -281,6 +284,12 @@ def test_the_tool_reports_on_local_devices(monkeypatch, tmp_path, capsys):
 def test_bad_arguments_are_refused(monkeypatch, arguments, words):
     with pytest.raises(UserError, match=words):
         run_tool(monkeypatch, *arguments)
+
+
+def test_without_a_compiler_for_gpus_one_paragraph_says_what_to_install(monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(UserError, match=r"not installed here; pip install 'refusion_jax\[cuda\]'"):
+        run_tool(monkeypatch, "--topology", "h100:2x8")
 
 
 class TestTpuCompiler:
@@ -303,7 +312,7 @@ class TestTpuCompiler:
 
     @pytest.mark.parametrize("shape, batch", [((1, 2, 2), 16), ((2, 2, 1), 256)])
     def test_decoding_copies_no_cache_and_gathers_no_weights(self, shape, batch):
-        """With few rows and one key head on a device, and with many and several: XLA would lay out the cache differently."""
+        """With few rows and one key head on a device, and with many and several, which XLA lays out differently."""
         model = dataclasses.replace(MODEL, dtype="bfloat16")
         mesh = make_mesh(*shape, devices=targets.topology_devices("v5e:2x2"))
         sampler = SamplerConfig(gen_length=64, slot_size=8, blocks=4)
@@ -336,7 +345,7 @@ class TestTpuCompiler:
         }
 
     def test_only_the_data_axis_crosses_slices(self):
-        """Two slices: weights are gathered inside a slice; between slices only one device's shard of their gradient is summed."""
+        """Weights are gathered inside a slice; between slices only one device's shard of their gradient is summed."""
         mesh = make_mesh(2, 4, 1, devices=targets.topology_devices("v5e:2x2", slices=2))
         found = collectives_of_a_gradient(mesh, 512, 1024)
         assert {c.axes for c in found if c.kind in ("all-gather", "reduce-scatter")} == {("fsdp",)}
@@ -346,7 +355,7 @@ class TestTpuCompiler:
 
     def test_a_topology_that_is_too_small_says_by_how_much(self):
         mesh = make_mesh(1, 4, 1, devices=targets.topology_devices("v5e:2x2"))
-        large = jax.ShapeDtypeStruct((4, 2**32), jnp.float32, sharding=jax.sharding.NamedSharding(mesh, jax.P("fsdp")))
+        large = jax.ShapeDtypeStruct((4, 2**32), jnp.float32, sharding=jax.NamedSharding(mesh, jax.P("fsdp")))
         lowered = jax.jit(lambda x: x + 1).lower(large)
         with pytest.raises(
             UserError,
@@ -357,3 +366,76 @@ class TestTpuCompiler:
     def test_an_unknown_topology_is_refused(self):
         with pytest.raises(UserError, match="There is no TPU topology 'v9:2x2'"):
             targets.topology_devices("v9:2x2")
+
+
+@pytest.fixture(scope="module", params=METHODS)
+def decoding_on_gpu(request):
+    """The decoding loop on one H100, taken apart: a sampler's program, mesh, report."""
+    model = dataclasses.replace(MODEL, dtype="bfloat16")
+    mesh = make_mesh(1, 1, 1, devices=targets.topology_devices("h100:1"))
+    sampler = SamplerConfig(gen_length=64, slot_size=8, blocks=4, method=request.param)
+    lowered, work = compile_step.decode_program(
+        dataclasses.replace(CONFIG, model=model), mesh, sampler, batch=2, prompt_length=512
+    )
+    compiled, _ = compile_step.compile_program(lowered, "h100:1", mesh)
+    return hlo.Program(compiled.as_text()), compile_step.report(compiled, mesh, work)
+
+
+@needs_cuda
+class TestGpuCompiler:
+    def test_decoding_copies_neither_weights_nor_cache_and_never_waits(self, decoding_on_gpu):
+        _, found = decoding_on_gpu
+        assert (found["copied_bytes"], found["dynamic_loops"]) == (0, 0)
+        assert found["kernels"] > found["kernels_per_layer"] * 3 > 0
+
+    @pytest.mark.parametrize("name, size", [("head", 1664 * 256), ("mlp", 256 * 640)])
+    def test_a_forward_multiplies_every_matrix_once(self, decoding_on_gpu, name, size):
+        program, _ = decoding_on_gpu
+        products = [
+            operand
+            for where, kernel, _ in program.kernels(program.outer_loop())
+            for operand in kernel.operands
+            if "dot_general" in kernel.text and program.held(where, operand) is True
+            if program.computations[where][operand].elements == size
+        ]
+        assert len(products) == (1 if name == "head" else 3 * 3)  # gate, up and down of three layers
+
+    def test_stacked_weights_would_be_copied(self):
+        """What the count of copies is for: a scan over layers copies each one's slice, every time."""
+        mesh = make_mesh(1, 1, 1, devices=targets.topology_devices("h100:1"))
+        place = lambda *shape: jax.ShapeDtypeStruct(shape, jnp.bfloat16, sharding=jax.NamedSharding(mesh, jax.P()))
+
+        def forwards(w, x):
+            layers = lambda x: jax.lax.scan(lambda x, w: (jnp.tanh(x @ w), None), x, w)[0]
+            return jax.lax.while_loop(lambda x: jnp.sum(x) < 1, layers, x)
+
+        lowered = jax.jit(forwards).lower(place(6, 1024, 1024), place(16, 1024))
+        compiled, _ = compile_step.compile_program(lowered, "h100:1", mesh)
+        program = hlo.Program(compiled.as_text())
+        matrix = 1024 * 1024 * 2
+        work = program.work(program.outer_loop(), least=matrix)
+        assert work.copied_bytes == 6 * matrix
+        assert 3 * 6 * matrix < work.moved_bytes < 4 * 6 * matrix
+
+    def test_asynchronous_collectives_are_counted_once(self):
+        """Gathered and reduced in pieces of the whole, on two hosts of two GPUs with copies of the weights."""
+        mesh = make_mesh(2, 2, 1, devices=targets.topology_devices("h100:2x2"))
+        size = 512 * 1024 * 2
+        sent = collections.Counter()
+        for c in collectives_of_a_gradient(mesh, 512, 1024):
+            sent[c.kind, c.axes] += c.bytes * c.runs
+        assert sent == {
+            ("all-gather", ("fsdp",)): size / 2,
+            ("reduce-scatter", ("fsdp",)): size / 2,
+            ("all-reduce", ("data",)): size / 2,
+        }
+
+    @pytest.mark.parametrize("name", ["a100:1", "h200:2", "b200:2x4"])
+    def test_every_chip_in_the_table_is_compiled_for(self, name):
+        devices = targets.topology_devices(name)
+        assert len(devices) == {"a100:1": 1, "h200:2": 2, "b200:2x4": 8}[name]
+        mesh = make_mesh(1, -1, 1, devices=devices)
+        x = jax.ShapeDtypeStruct((256, 256), jnp.bfloat16, sharding=jax.NamedSharding(mesh, jax.P("fsdp")))
+        compiled, _ = compile_step.compile_program(jax.jit(lambda x: jnp.tanh(x @ x)).lower(x), name, mesh)
+        assert hlo.Program(compiled.as_text()).work().kernels > 0
+        assert CHIPS[devices[0].device_kind].gpu

@@ -64,7 +64,7 @@ class Instruction:
     def branches(self) -> tuple[str, ...]:
         """Computations of which it calls one."""
         found = [part for match in _BRANCHES.findall(self.text) for part in match if part]
-        return tuple(name.strip(" %,") for part in found for name in part.split(","))
+        return tuple(name for part in found for name in re.findall(r"[\w.-]+", part))
 
     @functools.cached_property
     def index(self) -> int:
