@@ -9,20 +9,22 @@ from refusion_jax.model.config import ModelConfig
 
 @struct.dataclass
 class KVCache:
-    """Keys and values of the tokens forwarded so far; of each row a query sees the first `length` entries and no others.
+    """Keys and values of the tokens forwarded so far; of each row a query sees the first `length` entries and no
+    others.
 
-    In commit order, cropping is doing nothing and committing is adding to `length`; with entry = position, entries may be
-    overwritten where they stand. Keys carry their rotary position already. Heads come before entries: the order that both
-    writing entries and the products of attention want, without which a TPU copies the cache between them.
+    In commit order, cropping is doing nothing and committing is adding to `length`; with entry = position, entries may
+    be overwritten where they stand. Keys carry their rotary position already. Heads come before entries: the order that
+    both writing entries and the products of attention want, without which a TPU copies the cache between them.
 
-    With `config.scan_layers` the layers are stacked in one array, updated in the carry of the scan over layers; without, each
-    layer is an array of its own, which CPUs and GPUs read without copying a slice first.
+    With `config.scan_layers` the layers are stacked in one array, updated in the carry of the scan over layers;
+    without, each layer is an array of its own, which CPUs and GPUs read without copying a slice first.
 
     Attributes:
       k, v: [layer, batch, kv_head, cache_length, head_dim], or a tuple with an array of the last four for each layer.
       length: [batch] int32, entries that may be seen.
-      rows: None: the window has a row for each of the batch. Else [shard, row] int32: it is of these rows of each of so many
-        equal parts of the batch (so that each device finds its own), and `length` is [shard * row]. Past its part: of none.
+      rows: None: the window has a row for each of the batch. Else [shard, row] int32: it is of these rows of each of so
+        many equal parts of the batch (so that each device finds its own), and `length` is [shard * row]. Past its part:
+        of none.
     """
 
     k: jax.Array | tuple[jax.Array, ...]
@@ -47,7 +49,9 @@ class KVCache:
         return jax.tree.leaves(self.k)[0].shape[-2]
 
     def write(self, layer: jax.Array | int, entries: jax.Array, k: jax.Array, v: jax.Array) -> "KVCache":
-        """Puts keys and values [row, kv_head, window, head_dim] at `entries` [row, window] of a layer; past the end: nowhere."""
+        """Puts keys and values [row, kv_head, window, head_dim] at `entries` [row, window] of a layer; past the
+        end: nowhere.
+        """
         batch = jnp.arange(len(k)) if self.rows is None else self._in_batch(jax.tree.leaves(self.k)[0].shape[-4])
         at = (batch[:, None, None], jnp.arange(k.shape[1])[None, :, None], entries[:, None])
 
