@@ -13,7 +13,7 @@ import subprocess
 import sys
 
 FOLDER = pathlib.Path(__file__).resolve().parent / "compiled"
-# `data` inside a slice keeps the group of fsdp smaller than the slice: so gradients can be reduce-scattered (README.md).
+# `data` inside a slice keeps fsdp's group smaller than the slice, for gradients to be reduce-scattered (README.md).
 TRAIN = {
     "8b-v5e-16x16": "--config configs/8b.py --topology v5e:16x16 --config.mesh.data=4",
     "8b-v5p-4x4x4": "--config configs/8b.py --topology v5p:4x4x4 --config.mesh.data=4 --config.model.remat=minimal",
