@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from refusion_jax.model import layers
+from refusion_jax.model import layers, tables
 from refusion_jax.model.attention import Packed
 from refusion_jax.model.config import ModelConfig
 
@@ -42,13 +42,10 @@ class Qwen3(nn.Module):
         chex.assert_rank(tokens, 2)
         chex.assert_equal_shape([tokens, positions])
         c = self.config
-        dtype = jnp.dtype(c.dtype)
         embedding = layers.Table(c, name="embed")()
         if not c.tie_embeddings:
             layers.Table(c, name="head")()
-        # Gathered over fsdp before the look-up, so that rows come out sharded by batch and not by hidden unit.
-        embedding = nn.with_logical_constraint(embedding.astype(dtype), ("vocab", None))
-        x = nn.with_logical_constraint(embedding[tokens], ("batch", "length", "hidden"))
+        x = nn.with_logical_constraint(tables.look_up(embedding, tokens, c.dtype), ("batch", "length", "hidden"))
         angles = layers.rotary_angles(positions, c.head_dim, c.rope_theta)
 
         block = layers.Block
