@@ -26,13 +26,14 @@ setup(
         "tensorflow-datasets>=4.9.9",
         "importlib_resources",  # needed by tensorflow-datasets, which does not declare it
         "ml-collections>=1.1",
+        "chex>=0.1.90",
         "absl-py",
         "numpy",
     ],
     extras_require={
         "hf": HF,  # Hugging Face tokenizers, chat templates and downloads
         "demo": DEMO,  # procedural tasks, plots and pictures
-        "test": ["pytest>=8", "pytest-xdist", "pytest-timeout", "safetensors", *HF, *DEMO],
+        "test": ["pytest>=8", "pytest-xdist", "pytest-timeout", "ruff>=0.14", "safetensors", *HF, *DEMO],
         "torch": ["torch", *HF],  # only to compare with PyTorch
         "tpu": ["jax[tpu]"],  # also compiles TPU programs on machines without a TPU
         "cuda": ["jax[cuda13]"],
