@@ -16,7 +16,7 @@ from refusion_jax.model.qwen3 import Qwen3, unstacked
 from refusion_jax.parallel import sharding
 from refusion_jax.parallel.mesh import make_mesh
 from refusion_jax.sampling import Engine, Prompt, Report, SamplerConfig, generate, reduction, stream
-from refusion_jax.sampling import engine as engine_lib
+from refusion_jax.sampling import programs as programs_lib
 from refusion_jax.sampling.config import Settings
 
 CONFIG = SamplerConfig(gen_length=32, slot_size=4, blocks=2, slot_threshold=0.5, token_threshold=0.35, speculate="on")
@@ -74,7 +74,7 @@ def test_refilled_rows_wait_for_nobody(answers):
 
 def compiled(config=CONFIG, batch=BATCH, model=MODEL, mesh=None):
     """How many loops and prefills there are for a sampler."""
-    programs = engine_lib.programs(engine_lib.make_sampler(model, config, batch, mesh), mesh)
+    programs = programs_lib.programs(programs_lib.make_sampler(model, config, batch, mesh), mesh)
     return programs.run.jitted._cache_size(), programs.prefill.jitted._cache_size()
 
 
@@ -364,10 +364,10 @@ def test_temporaries_of_the_loop_do_not_grow_with_the_cache(monkeypatch):
 
     def compile_loop(layers, cache_length):
         model = dataclasses.replace(MODEL, num_layers=layers, num_kv_heads=2, head_dim=64)
-        sampler = engine_lib.make_sampler(model, config, 2)
-        programs = engine_lib.programs(sampler, None)
+        sampler = programs_lib.make_sampler(model, config, 2)
+        programs = programs_lib.programs(sampler, None)
         params = jax.eval_shape(lambda: unstacked(random_params(0, 1.0, model)))
-        state = jax.eval_shape(lambda: engine_lib.empty(sampler, 2, cache_length))
+        state = jax.eval_shape(lambda: programs_lib.empty(sampler, 2, cache_length))
         program = programs.run.lower(params, state, np.int32(1), np.int32(1)).compile()
         assert "callback" not in program.as_text(), "the loop never asks the host"
         bytes_ = sum(x.size * 4 for x in jax.tree.leaves((state.cache.k, state.cache.v)))

@@ -7,7 +7,7 @@ import pytest
 from sampling_cases import MODEL, expected, oracle_forward, random_params, random_prompts, same_tokens
 
 from refusion_jax.sampling import SamplerConfig, generate
-from refusion_jax.sampling.engine import make_sampler, programs
+from refusion_jax.sampling.programs import make_sampler, programs
 
 BATCH = 16
 SHAPES = [(32, 4, 2), (25, 5, 1), (16, 2, 2), (14, 8, 2)]  # gen_length (not all whole slots), slot size, blocks

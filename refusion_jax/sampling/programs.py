@@ -1,0 +1,190 @@
+"""What is compiled for decoding: the loop of a sampler over a batch, and the prefill of prompts.
+
+A sampler (plan_and_infill.py, autoregressive.py) is a frozen, hashable dataclass with `model`, `length` (of an answer),
+`window` (tokens of a forward), `held_back` (prompt tokens left to the first window), and functions of one row:
+`start(request) -> row`, `ask(row) -> window`, `advance(row, window, seen) -> (row, tokens committed)`. A process
+compiles one loop for each (sampler, batch, length of the cache), and prefills of a few widths; settings of a request
+are traced.
+"""
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import struct
+from jax.sharding import Mesh
+
+from refusion_jax.model.cache import KVCache
+from refusion_jax.model.cached_attention import Cached
+from refusion_jax.model.config import ModelConfig
+from refusion_jax.model.head import over_vocabulary
+from refusion_jax.model.qwen3 import Qwen3, unstacked
+from refusion_jax.parallel import sharding
+from refusion_jax.sampling import reduction
+from refusion_jax.sampling.autoregressive import Autoregressive
+from refusion_jax.sampling.config import MAX_STOP_IDS, SamplerConfig, Settings
+from refusion_jax.sampling.plan_and_infill import PlanAndInfill
+from refusion_jax.sampling.state import Canvas, Request, State
+
+# Tokens a forward takes in about the time that reading the weights takes, on chips made for this. On a CPU every token
+# costs.
+FREE_TOKENS = 160
+
+
+@struct.dataclass
+class Chunk:
+    """Prompt tokens to prefill: of `slots` rows of each shard of the batch; leaves [shard, slot, ...].
+
+    Attributes:
+      row: index within the shard; past its end: padding.
+      tokens: [shard, slot, width] ids.
+      offset, count: entries in the cache before these tokens; how many of them are no padding.
+      last: bool, the prompt is in the cache afterwards and the row starts.
+      seed, index, request: of the row (the request's key is made from seed and index).
+    """
+
+    row: Any
+    tokens: Any
+    offset: Any
+    count: Any
+    last: Any
+    seed: Any
+    index: Any
+    request: Request
+
+
+def make_sampler(
+    model: ModelConfig, config: SamplerConfig, batch: int, mesh: Mesh | None = None
+) -> PlanAndInfill | Autoregressive:
+    """The static part of a decoding with these settings: what compiled programs are kept by."""
+    platform = mesh.devices.flat[0].platform if mesh else jax.default_backend()
+    # A TPU reads a layer's slice of stacked weights in place; CPUs and GPUs would copy it first.
+    model = dataclasses.replace(model, remat="none", scan_layers=platform == "tpu")
+    if config.method == "autoregressive":
+        return Autoregressive(model, config.gen_length)
+    n, k = config.slots // config.blocks, config.slot_size
+    free = 0 if platform == "cpu" else FREE_TOKENS // batch
+    tokens = {"off": 0, "auto": free, "on": max(FREE_TOKENS, 2 * n * k)}[config.speculate]
+    carry = config.speculate != "off"
+    chunks = max(n, (config.window or tokens) // k) if carry else n
+    return PlanAndInfill(model, slots=n, slot_size=k, blocks=config.blocks, chunks=chunks, carry=carry)
+
+
+def cache_bucket(entries: int) -> int:
+    """Length of a cache that holds so many entries: 128, 256, 384, 512, 768, 1024, ..: a few programs serve all
+    lengths.
+    """
+    power = max(128, 1 << (entries - 1).bit_length())
+    return power if power < 512 or entries > power * 3 // 4 else power * 3 // 4
+
+
+def empty(sampler, batch: int, cache_length: int) -> State:
+    """A batch without requests: every row is done."""
+    settings = Settings(
+        *(jnp.float32(0),) * 3, jnp.int32(0), jnp.float32(1), jnp.int32(0), jnp.zeros(MAX_STOP_IDS, int)
+    )
+    row = sampler.start(Request(jnp.int32(1), jnp.int32(0), jax.random.key(0), settings)).replace(done=jnp.bool_(True))
+    rows = jax.tree.map(lambda x: jnp.broadcast_to(x, (batch, *x.shape)), row)
+    return State(KVCache.empty(sampler.model, batch, cache_length), rows).placed()
+
+
+def forward(sampler, params: dict, state: State) -> State:
+    """One pass of every row's window, and what follows from it."""
+    model, rows = sampler.model, state.rows
+    window = jax.vmap(sampler.ask)(rows)
+    context = Cached.appended(state.cache, window.mask, model.attention)
+    hidden, context = Qwen3(model).apply({"params": params}, window.tokens, window.positions, context)
+    leaves, tree = jax.tree.flatten(window.query)
+
+    def head(sampled: bool):
+        reduce = lambda logits, *query: reduction.reduce(model, logits, tree.unflatten(query), sampled)
+        return lambda: over_vocabulary(model, params, hidden, reduce, *leaves)
+
+    seen = jax.lax.cond((rows.settings.temperature > 0).any(), head(True), head(False))
+    rows = rows.replace(canvas=jax.vmap(Canvas.forwarded)(rows.canvas, jnp.where(rows.done, 0, window.used)))
+    rows, committed = jax.vmap(sampler.advance)(rows, window, seen)
+    return State(context.cache.commit(committed), rows)
+
+
+def run(sampler, params: dict, state: State, forwards: jax.Array, active: jax.Array) -> tuple[State, jax.Array]:
+    """Passes until one of the `active` rows that are not done is, or so many have been made; and how many were."""
+
+    def go_on(carry):
+        steps, state = carry
+        return (steps < forwards) & (jnp.sum(~state.rows.done) >= active)
+
+    def body(carry):
+        steps, state = carry
+        return steps + 1, forward(sampler, params, state)
+
+    steps, state = jax.lax.while_loop(go_on, body, (jnp.int32(0), state))
+    return state.placed(), steps
+
+
+def prefill(sampler, params: dict, state: State, chunk: Chunk) -> State:
+    """Puts prompt tokens into the cache; rows whose prompts are complete start."""
+    shards, slots, width = chunk.tokens.shape
+    flat = lambda x: x.reshape(shards * slots, *x.shape[2:])
+    own = state.cache.length.shape[0] // shards  # rows of a shard
+    to = flat(jnp.where(chunk.row < own, chunk.row + own * jnp.arange(shards)[:, None], state.cache.length.size))
+    offset, count = flat(chunk.offset), flat(chunk.count)
+    causal = jnp.broadcast_to(jnp.tri(width, dtype=bool), (shards * slots, width, width))
+    # Padding is forwarded too: it comes last, and what it leaves in the cache is overwritten before it can be seen.
+    view = state.cache.replace(rows=chunk.row, length=offset)
+    positions = offset[:, None] + jnp.arange(width)
+    context = Cached.appended(view, causal, sampler.model.attention)
+    _, context = Qwen3(sampler.model).apply({"params": params}, flat(chunk.tokens), positions, context)
+    cache = context.cache.replace(rows=None, length=state.cache.length.at[to].set(offset + count, mode="drop"))
+
+    key = jax.vmap(lambda seed, index: jax.random.fold_in(jax.random.key(seed), index))
+    request = jax.tree.map(flat, chunk.request).replace(key=key(flat(chunk.seed), flat(chunk.index)))
+    start = jnp.where(flat(chunk.last), to, state.cache.length.size)
+    put = lambda old, new: old.at[start].set(new, mode="drop")
+    return State(cache, jax.tree.map(put, state.rows, jax.vmap(sampler.start)(request))).placed()
+
+
+def stop(state: State, row: jax.Array) -> State:
+    """Ends a row."""
+    return state.replace(rows=state.rows.replace(done=state.rows.done.at[row].set(True))).placed()
+
+
+def grow(state: State, cache_length: int) -> State:
+    """The same with a longer cache."""
+    longer = lambda x: jnp.pad(x, [(0, 0)] * (x.ndim - 2) + [(0, cache_length - x.shape[-2]), (0, 0)])
+    k, v = jax.tree.map(longer, (state.cache.k, state.cache.v))
+    return state.replace(cache=state.cache.replace(k=k, v=v)).placed()
+
+
+@dataclasses.dataclass(frozen=True)
+class Programs:
+    """The jitted functions of a sampler on a mesh."""
+
+    empty: sharding.OnMesh
+    run: sharding.OnMesh
+    prefill: sharding.OnMesh
+    stop: sharding.OnMesh
+    grow: sharding.OnMesh
+    unstack: sharding.OnMesh
+
+
+@functools.cache
+def programs(sampler: PlanAndInfill | Autoregressive, mesh: Mesh | None) -> Programs:
+    """Equal samplers on equal meshes share their programs."""
+    on_mesh = functools.partial(sharding.OnMesh, mesh, sharding.DECODE_RULES)
+    return Programs(
+        empty=on_mesh(functools.partial(empty, sampler), static_argnums=(0, 1)),
+        run=on_mesh(functools.partial(run, sampler), donate_argnums=1),
+        prefill=on_mesh(functools.partial(prefill, sampler), donate_argnums=1),
+        stop=on_mesh(stop, donate_argnums=0),
+        grow=on_mesh(grow, static_argnums=1),
+        unstack=on_mesh(unstacked),
+    )
+
+
+def decode_params(sampler: PlanAndInfill | Autoregressive, params: dict, mesh: Mesh | None = None) -> dict:
+    """A checkpoint's parameters as the sampler's model takes them; as they are when they are so already."""
+    if sampler.model.scan_layers or "layers" not in params:
+        return params
+    return programs(sampler, mesh).unstack(params)
