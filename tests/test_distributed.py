@@ -372,7 +372,18 @@ def test_killed_process_stops_the_other_and_the_run_resumes(job):
 
 # The trainer, with a disk that takes only small files from process WHO once there is a checkpoint.
 FULL = """
-import os, resource, signal, sys, time
+import os, resource, signal, subprocess, sys, time
+log = subprocess.Popen(["cat"], stdin=subprocess.PIPE)  # what is printed goes to another disk
+for stream in (1, 2):
+    os.dup2(log.stdin.fileno(), stream)
+log.stdin.close()
+def leave(code, leave=os._exit):
+    os.close(1)
+    os.close(2)
+    log.wait()
+    leave(code)
+os._exit = leave
+
 from refusion_jax import train
 from refusion_jax.checkpoint import orbax
 from refusion_jax.errors import run_main

@@ -80,12 +80,13 @@ def together() -> Iterator[None]:
     except BaseException as error:
         if jax.process_count() == 1:
             raise
-        code = report(error, f"process {jax.process_index()} of {jax.process_count()} on {socket.gethostname()}")
+        code = 1
+        with contextlib.suppress(OSError):  # the log's disk may be full too
+            code = report(error, f"process {jax.process_index()} of {jax.process_count()} on {socket.gethostname()}")
+            sys.stdout.flush()
         if isinstance(error, jax.errors.JaxRuntimeError):
             raise SystemExit(code) from None
         time.sleep(GRACE if jax.process_index() == 0 else 0)
-        sys.stdout.flush()
-        sys.stderr.flush()
         os._exit(code)
 
 
