@@ -16,6 +16,7 @@ from refusion_jax.model.qwen3 import Qwen3, unstacked
 from refusion_jax.parallel import sharding
 from refusion_jax.parallel.mesh import make_mesh
 from refusion_jax.sampling import Engine, Prompt, Report, SamplerConfig, generate, reduction, stream
+from refusion_jax.sampling import engine as engine_lib
 from refusion_jax.sampling import programs as programs_lib
 from refusion_jax.sampling.config import Settings
 
@@ -213,6 +214,44 @@ def test_a_longer_prompt_makes_the_cache_grow(answers):
     assert contents(by_index[0]) == contents(answers[0])
     wanted = expected(oracle_forward(PARAMS), long, CONFIG)
     same_tokens(by_index[1], wanted, long)
+
+
+def test_long_prompts_are_prefilled_in_chunks_beside_running_rows(answers, monkeypatch):
+    """A step makes no more passes over prompts than over rows, so that running rows go on; the answers are the same."""
+    answers, _ = answers
+    monkeypatch.setattr(engine_lib, "PREFILL_TOKENS", 8)
+    monkeypatch.setattr(engine_lib, "PREFILL_WIDTHS", (4, 8))
+    longest = max(range(len(PROMPTS)), key=lambda i: len(PROMPTS[i]))
+    engine = Engine(PARAMS, MODEL, CONFIG, 2, max_prompt_length=60)
+    engine.add(Prompt(PROMPTS[0], CONFIG, index=0))
+    while not engine.steps:
+        engine.step(1)
+    engine.add(Prompt(PROMPTS[longest], CONFIG, index=longest))
+    before, found = (engine.steps, engine.prefills), []
+    while engine.busy:
+        found += engine.step(1)
+        if engine.prefills - before[1] < len(PROMPTS[longest]) // 8 and not found:
+            assert engine.steps - before[0] == engine.prefills - before[1], "a pass of the rows for every chunk"
+    assert engine.prefills - before[1] == -(-len(PROMPTS[longest]) // 8)
+    assert {a.index: contents(a) for a in found} == {i: contents(answers[i]) for i in (0, longest)}
+
+
+def test_temporaries_of_a_prefill_are_those_of_a_chunk(monkeypatch):
+    """Of a prompt ten times as long, only the mask of a chunk (a byte for each token of it and entry) takes more."""
+    monkeypatch.setattr(cached_attention, "SCORE_BYTES", 2 * 16 * 512 * 4)
+
+    def compile_prefill(prompt_length):
+        model = dataclasses.replace(MODEL, num_layers=4, num_kv_heads=2, head_dim=64, max_position_embeddings=10000)
+        params = random_params(0, 1.0, model)
+        engine = Engine(params, model, CONFIG, 2, max_prompt_length=prompt_length)
+        engine.add(Prompt([2] * prompt_length, CONFIG))
+        chunk = engine._next_chunk()
+        program = engine._programs.prefill.lower(engine._params, engine._state, chunk).compile()
+        return program.memory_analysis().temp_size_in_bytes, engine.cache_length * 2 * 2 * 4 * 2 * 64 * 4
+
+    (short, small), (long, large) = compile_prefill(700), compile_prefill(7000)
+    print(f"temporaries {short}, {long} bytes; cache {small}, {large} bytes")
+    assert long - short < 0.1 * (large - small)
 
 
 def test_requests_that_need_another_engine_are_refused():

@@ -4,7 +4,11 @@ settings.
 `tools/check_reference.py tests/reference/tiny` compares the compiled sampler with all of them.
 """
 
+import dataclasses
 import json
+import os
+import subprocess
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -76,3 +80,40 @@ def test_sampler_repeats_recorded_cases_in_mixed_batches(cases, params, model, s
         assert answer.forwards == case["forwards"] if speculate == "off" else answer.forwards <= case["forwards"]
     if speculate == "on":
         assert sum(answer.forwards for answer in answers) < 0.75 * sum(case["forwards"] for case in group)
+
+
+OPTIMISED = """
+import json, sys
+from refusion_jax.decoder import parse_mesh
+from refusion_jax.checkpoint import load
+from refusion_jax.parallel import sharding
+from refusion_jax.sampling import SamplerConfig, generate
+model = load.load_model_config(sys.argv[1])
+mesh = parse_mesh("1,1,1")
+params = load.load_params(sys.argv[1], model, mesh, sharding.DECODE_RULES, dtype="float32")
+for line in sys.stdin:
+    prompts, settings = json.loads(line)
+    answers = generate(params, model, SamplerConfig(**settings), prompts, batch_size=16, mesh=mesh)
+    print(json.dumps([[a.tokens, a.order, a.forwards] for a in answers]))
+"""
+
+
+def test_programs_that_are_optimised_decode_the_same(cases, reference):
+    """As users compile them: the tests' own process leaves XLA's optimisation out."""
+    group = cases[SETTINGS[0]]
+    prompts = [case["prompt"] for case in group]
+    settings = dataclasses.asdict(sampler_of(group[0], speculate="on"))
+    environ = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
+    done = subprocess.run(
+        [sys.executable, "-c", OPTIMISED, reference / "tiny" / "model"],
+        input=json.dumps([prompts, settings]),
+        capture_output=True,
+        text=True,
+        env=environ,
+    )
+    assert done.returncode == 0, done.stderr
+    answers = json.loads(done.stdout.splitlines()[-1])
+    for case, (tokens, order, forwards) in zip(group, answers, strict=True):
+        assert tokens == case["response"]
+        assert [len(case["prompt"]) + offset for offset in order] == case["commit_order"]
+        assert forwards <= case["forwards"]
