@@ -65,7 +65,7 @@ class Decoder:
         Args:
           checkpoint: --workdir of a training run, output of a conversion, Hugging Face folder, or name on its hub.
           step: of a run; None: the last.
-          dtype: of weights, cache and computation; empty: float32 on CPUs, bfloat16 elsewhere.
+          dtype: of weights (except int8 ones), cache and computation; empty: float32 on CPUs, bfloat16 elsewhere.
           mesh: sizes of the mesh axes data,fsdp,tensor: rows over data x fsdp, weights over tensor; one may be -1: the
             rest.
           tokenizer: a name, a folder or "bytes"; empty: the checkpoint's own.

@@ -163,6 +163,11 @@ def check(config: Config, mesh: Mesh) -> None:
             "config.lora.rank is set but config.init_from is empty: adapters need a base. Set config.init_from to a "
             "checkpoint."
         )
+    if config.model.quantise:
+        raise UserError(
+            f"config.model.quantise is {config.model.quantise!r}: such weights are for decoding and cannot be trained. "
+            "Set config.init_from to the checkpoint that they were converted from, and config.model.quantise to ''."
+        )
     sharding.check_model(config.model, mesh)
     steps_lib.check_batch(config, mesh)
 

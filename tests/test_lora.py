@@ -85,9 +85,11 @@ def test_small_updates_count_in_bfloat16():
     assert np.mean((w + (adapter["a"] @ adapter["b"]).astype(w.dtype)) == w) > 0.5  # most of the sum is rounded away
 
     class Projection(nn.Module):
+        config: object = MODEL
+
         @nn.compact
         def __call__(self, x):
-            return layers.adapted(self, "up", x, x @ layers.weight(self, "up", ("embed", "mlp"), (1024, 64), 1024))
+            return layers.projected(self, "up", x, x @ layers.weight(self, "up", ("embed", "mlp"), (1024, 64), 1024))
 
     apply = lambda **variables: Projection().apply({"params": {"up": w}, **variables}, x).astype(jnp.float32)
     np.testing.assert_allclose((apply(lora={"up": adapter}) - apply()).mean(0), adapter["b"][0], rtol=0.1)

@@ -1,6 +1,7 @@
 """Converts weights between Hugging Face layout and this project's checkpoints, both ways, exactly.
 
     python tools/convert_qwen3.py to-orbax Qwen/Qwen3-0.6B runs/qwen3      a folder or a name on the Hugging Face hub
+    python tools/convert_qwen3.py to-orbax Qwen/Qwen3-8B runs/small --quantise int8      for decoding in half the memory
     python tools/convert_qwen3.py to-hf runs/mine exported                 for PyTorch; the last step unless --step says
 
 Memory stays at a piece of one parameter, whatever the model's size. Nothing appears at the destination until it is
@@ -46,6 +47,13 @@ def main() -> None:
                 help="rows of the tables, if not as in the source (151680 lets a tensor axis of 8 divide the 151671 of "
                 "the released ReFusion)",
             )
+            command.add_argument(
+                "--quantise",
+                default="",
+                choices=["int8"],
+                help="matrices and tables in int8 with a scale for every output channel or row: half of bfloat16's "
+                "memory, for decoding only",
+            )
         else:
             command.add_argument("--step", type=int, default=None, help="of the checkpoint; the last unless given")
             command.add_argument("--shard-gb", type=float, default=4.0, help="largest file, in GB")
@@ -61,6 +69,7 @@ def main() -> None:
             tokenizer=args.tokenizer,
             new_tokens=args.new_tokens,
             vocab_rows=args.vocab_rows,
+            quantise=args.quantise,
             dry_run=args.dry_run,
         )
     else:

@@ -1,7 +1,7 @@
 """Hugging Face checkpoint -> Orbax checkpoint and back, a piece of a parameter in memory at a time.
 
-Values are copied or, when another dtype is asked for, rounded. The result appears under its name only when it is whole:
-until then it is in a folder `<name>.incomplete`.
+Values are copied or, when another dtype is asked for, rounded or quantised. The result appears under its name only when
+it is whole: until then it is in a folder `<name>.incomplete`.
 """
 
 import contextlib
@@ -20,7 +20,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from refusion_jax.checkpoint import huggingface, load, orbax, safetensors, stream
+from refusion_jax.checkpoint import huggingface, int8, load, orbax, safetensors, stream
 from refusion_jax.config import LoraConfig
 from refusion_jax.data.tokenizers import load_tokenizer
 from refusion_jax.errors import UserError
@@ -157,6 +157,7 @@ def to_orbax(
     tokenizer: str = "",
     new_tokens: str = "source",
     vocab_rows: int = 0,
+    quantise: str = "",
     dry_run: bool = False,
     say: Say = print,
 ) -> None:
@@ -169,6 +170,8 @@ def to_orbax(
       tokenizer: "bytes", folder or name; empty: the source's, if it has one.
       new_tokens: rows of the begin and mask token: "source" (as they are) or "mean" (of the other tokens).
       vocab_rows: rows of the result's tables; 0: as in the source, or as many as the tokenizer needs with "mean".
+      quantise: "int8": matrices and tables in int8 with a float32 scale for every output channel or row, for decoding
+        only; norms have `dtype`. Empty: all of them as they are.
       dry_run: only say what would be written.
       say: takes a line of progress.
 
@@ -185,7 +188,8 @@ def to_orbax(
     rows = vocab_rows or config.vocab_size
     if new_tokens == "mean" and not vocab_rows:
         rows = max(rows, vocabulary.vocab_size)
-    config = dataclasses.replace(config, vocab_size=rows, logical_vocab_size=min(rows, config.logical_vocab_size))
+    logical = min(rows, config.logical_vocab_size)
+    config = dataclasses.replace(config, vocab_size=rows, logical_vocab_size=logical, quantise=quantise)
     if vocabulary:
         config = load.with_tokenizer(config, vocabulary, folder)
     elif rows < weights.config.vocab_size:
@@ -197,9 +201,15 @@ def to_orbax(
     tables = _Tables(weights, rows, new, config.logical_vocab_size)
     weights.check_tied_head()
 
-    arrays = {
-        path: (p.shape, DTYPES.get(dtype, weights.dtype(path))) for path, p in huggingface.parameters(config).items()
-    }
+    table = huggingface.parameters(config)
+    arrays, scales = {}, {}
+    for path, p in table.items():
+        arrays[path] = p.shape, DTYPES.get(dtype, weights.dtype(path))
+        if quantise and p.inputs:
+            arrays[path] = p.shape, np.dtype(np.int8)
+            channels = [size for axis, size in enumerate(p.shape) if axis not in p.inputs]
+            scale = scales[f"{path}_scale"] = np.zeros(channels, np.float32)
+            arrays[f"{path}_scale"] = scale.shape, scale.dtype
     progress = _Progress(say, arrays, "parameters")
     say(
         f"tokenizer: {'none' if vocabulary is None else f'{vocabulary.vocab_size} ids, mask {vocabulary.mask_id}'}; "
@@ -214,10 +224,20 @@ def to_orbax(
         shape, target = arrays[path]
 
         def read(start: int, stop: int) -> np.ndarray:
-            if path in TABLES:
+            if path in scales:
+                piece = scales[path][start:stop]
+            elif path in TABLES:
                 piece = tables.read(path, start, stop)
             else:
                 piece = weights.read(path, (slice(start, stop), *[slice(None)] * (len(shape) - 1)))
+            if target == np.int8:
+                piece, scale = int8.quantise(piece, table[path].inputs)
+                if not np.isfinite(scale).all():
+                    raise UserError(
+                        f"{path} in {folder} has values that are not finite, which int8 cannot hold. Download or "
+                        "export the weights again."
+                    )
+                scales[f"{path}_scale"][start:stop] = scale  # written after its matrix
             if stop == shape[0]:
                 progress.finished(path)
             return piece.astype(target, copy=False)
@@ -265,9 +285,19 @@ class MergedParams:
 
 
 def open_checkpoint(source: str | pathlib.Path, step: int | None) -> tuple[ModelConfig, stream.Reader]:
-    """Config and parameters of a checkpoint of either kind; adapters come merged into their base."""
+    """Config and parameters of a checkpoint of either kind; adapters come merged into their base.
+
+    Raises:
+      UserError: int8 weights, or a checkpoint that cannot be read.
+    """
     folder = load.locate(source)
-    config, (reader, _) = load.load_model_config(folder, step), load.stored(folder, step)
+    config = load.load_model_config(folder, step)
+    if config.quantise:
+        raise UserError(
+            f"{folder} holds {config.quantise} weights, which Hugging Face's layout has no place for. Export the "
+            "checkpoint that it was converted from."
+        )
+    reader, _ = load.stored(folder, step)
     adapted = load.checked_adapters_of(folder, step) if load.is_orbax(folder) else None
     if adapted is None:
         return config, reader

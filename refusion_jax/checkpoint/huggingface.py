@@ -51,6 +51,8 @@ class Parameter:
       names: of its tensors: one for each layer, or the only one.
       stacked: whether the parameter has a leading axis of layers.
       shape, tensor_shape: of the (stacked) parameter and of one tensor.
+      inputs: axes of the parameter that a projection sums over: for each row of a tensor there is one output channel.
+        Of a table the hidden axis; of a norm's scale none.
     """
 
     path: str
@@ -58,6 +60,7 @@ class Parameter:
     stacked: bool
     shape: tuple[int, ...]
     tensor_shape: tuple[int, ...]
+    inputs: tuple[int, ...]
     _split: tuple[int, ...]  # shape of a tensor with its merged axes apart
     _permutation: tuple[int, ...]
 
@@ -87,6 +90,7 @@ def parameters(config: ModelConfig) -> dict[str, Parameter]:
             stacked=stacked,
             shape=(config.num_layers,) * stacked + tuple(size[letter] for letter in here),
             tensor_shape=tuple(int(np.prod([size[letter] for letter in axis])) for axis in there),
+            inputs=tuple(stacked + here.index(letter) for axis in there[1:] for letter in axis),
             _split=tuple(size[letter] for letter in letters),
             _permutation=tuple(letters.index(letter) for letter in here),
         )

@@ -12,6 +12,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from flax import linen as nn
 from flax import traverse_util
 from jax.sharding import Mesh
 
@@ -123,7 +124,7 @@ def load_model_config(source: str | pathlib.Path, step: int | None = None) -> Mo
 
 
 def check_architecture(found: ModelConfig, wanted: ModelConfig, source: Any) -> None:
-    """Raises a UserError that names every field in which a checkpoint differs from the model it is loaded into."""
+    """Raises a UserError that says in what a checkpoint differs from the model it is loaded into."""
     there, here = found.architecture(), wanted.architecture()
     different = [
         f"{name} is {there[name]}, config.model has {here[name]}" for name in there if there[name] != here[name]
@@ -132,6 +133,16 @@ def check_architecture(found: ModelConfig, wanted: ModelConfig, source: Any) -> 
         raise UserError(
             f"The checkpoint {source} is of another model: {'; '.join(different)}. Set config.model to the "
             "checkpoint's sizes, or load another one."
+        )
+    if found.quantise and not wanted.quantise:
+        raise UserError(
+            f"The checkpoint {source} holds {found.quantise} weights, which are for decoding and cannot be trained. "
+            "Use the checkpoint that it was converted from."
+        )
+    if found.quantise != wanted.quantise:
+        raise UserError(
+            f"The checkpoint {source} is not quantised, but config.model.quantise is {wanted.quantise!r}. Convert it "
+            f"with tools/convert_qwen3.py to-orbax --quantise {wanted.quantise}."
         )
 
 
@@ -153,10 +164,10 @@ def stored(folder: pathlib.Path, step: int | None) -> tuple[Reader, dict[str, tu
     meta = orbax.read_meta(folder, step)
     config, adapted = ModelConfig(**meta["model"]), adapters_of(meta)
     if adapted is None:
-        shapes = {path: p.shape for path, p in huggingface.parameters(config).items()}
+        abstract = nn.unbox(sharding.abstract_params(config))
     else:
-        adapters = traverse_util.flatten_dict(lora.abstract(config, adapted[0]), sep="/")
-        shapes = {path: a.shape for path, a in adapters.items()}
+        abstract = lora.abstract(config, adapted[0])
+    shapes = {path: a.shape for path, a in traverse_util.flatten_dict(abstract, sep="/").items()}
     return stream.StoredParams(orbax.checkpoint_path(folder, step) / "params", shapes), shapes
 
 
@@ -260,7 +271,7 @@ def load_params(
 
     Args:
       config: the model to run; must have the checkpoint's architecture.
-      dtype: of the parameters.
+      dtype: of the parameters; int8 ones, their scales and what lies beside them stay as they are stored.
       step: of a checkpoint folder; None: the last.
 
     Raises:
@@ -274,6 +285,7 @@ def load_params(
     check_architecture(ModelConfig(**orbax.read_meta(folder, step)["model"]), config, source)
     found = checked_adapters_of(folder, step)
     if found is None:
+        dtype = None if config.quantise else dtype
         return orbax.restore_params(folder, config, mesh, rules, dtype=dtype, step=step)
     settings, base = found
     params = load_params(base.source, config, mesh, rules, settings.base_dtype, base.step)

@@ -10,6 +10,7 @@ from refusion_jax.errors import UserError
 DTYPES = ("float32", "bfloat16")
 ATTENTION = ("auto", "xla", "cudnn", "splash")
 REMAT = ("none", "minimal", "full")
+QUANTISE = ("", "int8")
 SIZES = ("vocab_size", "hidden_size", "intermediate_size", "num_layers", "num_heads", "num_kv_heads", "head_dim")
 
 
@@ -18,7 +19,8 @@ class ModelConfig:
     """A Qwen3 decoder (method section 7).
 
     `vocab_size` counts the rows of the embedding table; ids at or above `logical_vocab_size` are padding rows whose
-    logits never enter a softmax or an argmax. Special ids are None where nobody has said what they are.
+    logits never enter a softmax or an argmax. Special ids are None where nobody has said what they are. `quantise` says
+    what the matrices are stored as: "int8", each with a scale for every output channel, for decoding only; or empty.
     """
 
     vocab_size: int
@@ -37,6 +39,7 @@ class ModelConfig:
     begin_token_id: int | None = None
     eos_token_id: int | None = None
     pad_token_id: int | None = None
+    quantise: str = ""
     # How it is computed; no effect on what the parameters mean.
     dtype: str = "float32"
     attention: str = "auto"
@@ -61,9 +64,11 @@ class ModelConfig:
                 f"model.logical_vocab_size = {self.logical_vocab_size} is larger than the table, model.vocab_size = "
                 f"{self.vocab_size}; use a model whose table has a row for every id of the tokenizer."
             )
-        for name, allowed in (("dtype", DTYPES), ("attention", ATTENTION), ("remat", REMAT)):
+        choices = (("dtype", DTYPES), ("attention", ATTENTION), ("remat", REMAT), ("quantise", QUANTISE))
+        for name, allowed in choices:
             if getattr(self, name) not in allowed:
-                raise UserError(f"model.{name} is {getattr(self, name)!r}; choose one of {', '.join(allowed)}.")
+                allowed = ", ".join(choice or "''" for choice in allowed)
+                raise UserError(f"model.{name} is {getattr(self, name)!r}; choose one of {allowed}.")
         for name in ("mask_token_id", "begin_token_id", "eos_token_id", "pad_token_id"):
             value = getattr(self, name)
             if value is not None and not 0 <= value < self.logical_vocab_size:

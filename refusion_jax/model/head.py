@@ -16,7 +16,11 @@ LOGIT_BYTES = 2**29  # of float32 logits that one device holds at a time: 883 to
 
 def output_table(params: dict) -> jax.Array:
     """The head's table [vocab, hidden]; the embedding itself when tied."""
-    return params["head" if "head" in params else "embed"]["embedding"]
+    return _head(params)["embedding"]
+
+
+def _head(params: dict) -> dict:
+    return params["head" if "head" in params else "embed"]
 
 
 def over_vocabulary(
@@ -25,8 +29,8 @@ def over_vocabulary(
     """Applies `fn` to the logits of every token, as many tokens at a time as LOGIT_BYTES allow.
 
     The table is read once for each of these chunks, which are of all rows together. The backward pass computes logits
-    again; the products that make the gradients of hidden states and table take the logits' gradient in the compute dtype,
-    and the table's is summed over chunks in float32.
+    again; the products that make the gradients of hidden states and table take the logits' gradient in the compute
+    dtype, and the table's is summed over chunks in float32.
 
     Args:
       hidden: [batch, length, hidden] in the compute dtype.
@@ -46,6 +50,7 @@ def over_vocabulary(
     size = -(-own // chunks)
     rows = "batch" if shards > 1 else None
     real = jnp.arange(config.vocab_size) < config.logical_vocab_size
+    scale = _head(params)["embedding_scale"] if config.quantise else None
 
     def split(x):
         """[batch, length, ...] -> [chunk, shard, size, ...]"""
@@ -59,7 +64,8 @@ def over_vocabulary(
         return x.reshape(batch, length, *x.shape[2:])
 
     def logits_of(table, hidden):
-        logits = jnp.einsum("STD,VD->STV", hidden, table, preferred_element_type=jnp.float32)
+        logits = jnp.einsum("STD,VD->STV", hidden, table.astype(hidden.dtype), preferred_element_type=jnp.float32)
+        logits = logits if scale is None else logits * scale
         return nn.with_logical_constraint(logits, (rows, None, "vocab"))
 
     def reduce(logits, per_token):
@@ -69,7 +75,8 @@ def over_vocabulary(
 
     @jax.custom_vjp
     def apply(table, hidden, per_token):
-        table = tables.gathered(table, hidden.dtype)  # one copy for all chunks
+        if scale is None:  # else int8, which is to be read as it is
+            table = tables.gathered(table, hidden.dtype)  # one copy for all chunks
         parts = jax.tree.map(split, (hidden, per_token))
         return jax.tree.map(join, jax.lax.map(lambda part: reduce(logits_of(table, part[0]), part[1]), parts))
 

@@ -22,21 +22,41 @@ def devices_over(*axes: str) -> int:
     return math.prod(mesh.shape[name] for name in jax.tree.leaves(tuple(nn.logical_to_mesh_axes(axes))))
 
 
-def weight(module: nn.Module, name: str, axes: tuple[str, ...], shape: tuple[int, ...], fan_in: int) -> jax.Array:
-    """A matrix parameter with logical axis names, in float32, drawn with standard deviation fan_in^-1/2."""
-    init = nn.with_logical_partitioning(nn.initializers.normal(fan_in**-0.5), axes)
-    return module.param(name, init, shape, jnp.float32)
+def weight(
+    module: nn.Module, name: str, axes: tuple[str, ...], shape: tuple[int, ...], fan_in: int, inputs: int = 1
+) -> jax.Array:
+    """A matrix parameter with logical axis names, in float32, drawn with standard deviation fan_in^-1/2.
+
+    In a quantised model it is int8 (nothing is drawn), and parameter `<name>_scale` in float32 has a factor for every
+    output channel, which `projected` applies.
+
+    Args:
+      inputs: number of leading axes that the projection sums over.
+    """
+    if not module.config.quantise:
+        init = nn.with_logical_partitioning(nn.initializers.normal(fan_in**-0.5), axes)
+        return module.param(name, init, shape, jnp.float32)
+    of_channels = nn.with_logical_partitioning(nn.initializers.ones, axes[inputs:])
+    module.param(f"{name}_scale", of_channels, shape[inputs:], jnp.float32)
+    return module.param(name, nn.with_logical_partitioning(nn.initializers.zeros, axes), shape, jnp.int8)
 
 
-def adapted(module: nn.Module, name: str, x: jax.Array, y: jax.Array, inputs: int = 1) -> jax.Array:
-    """y, what projection `name` makes of x, and (x a) b where the collection "lora" has an adapter for it.
+def scaled(y: jax.Array, scale: jax.Array) -> jax.Array:
+    """y with its last axes multiplied by `scale`, in y's dtype; the product in float32."""
+    return (y * scale).astype(y.dtype)
 
-    The product a b is never formed: added to a bfloat16 weight, a small update would be rounded away, and the sums would
-    be kept for the backward pass.
+
+def projected(module: nn.Module, name: str, x: jax.Array, y: jax.Array, inputs: int = 1) -> jax.Array:
+    """y, what the matrix of projection `name` makes of x; scaled where that is int8, and with its adapter's part.
+
+    The adapter is a low-rank update (x a) b in the collection "lora". The product a b is never formed: added to a
+    bfloat16 weight, a small update would be rounded away, and the sums would be kept for the backward pass.
 
     Args:
       inputs: number of trailing axes of x that the projection sums over.
     """
+    if module.config.quantise:
+        y = scaled(y, nn.unbox(module.get_variable("params", f"{name}_scale")))
     if not module.has_variable("lora", name):
         return y
     adapter = module.get_variable("lora", name)
@@ -65,14 +85,20 @@ def rotate(x: jax.Array, angles: tuple[jax.Array, jax.Array]) -> jax.Array:
 
 
 class Table(nn.Module):
-    """A table with a row for every id: embedding or head [V, D]."""
+    """A table with a row for every id: embedding or head [V, D], and of a quantised model the rows' scales [V]."""
 
     config: ModelConfig
 
     @nn.compact
-    def __call__(self) -> jax.Array:
-        init = nn.with_logical_partitioning(nn.initializers.normal(0.02), ("vocab", "embed"))
-        return self.param("embedding", init, (self.config.vocab_size, self.config.hidden_size), jnp.float32)
+    def __call__(self) -> tuple[jax.Array, jax.Array | None]:
+        axes, shape = ("vocab", "embed"), (self.config.vocab_size, self.config.hidden_size)
+        if not self.config.quantise:
+            init = nn.with_logical_partitioning(nn.initializers.normal(0.02), axes)
+            return self.param("embedding", init, shape, jnp.float32), None
+        of_rows = nn.with_logical_partitioning(nn.initializers.ones, axes[:1])
+        scale = self.param("embedding_scale", of_rows, shape[:1], jnp.float32)
+        init = nn.with_logical_partitioning(nn.initializers.zeros, axes)
+        return self.param("embedding", init, shape, jnp.int8), scale
 
 
 class RMSNorm(nn.Module):
@@ -101,12 +127,12 @@ class Attention(nn.Module):
         query = weight(self, "query", ("embed", "heads", "head_dim"), (d, n, h), d)
         key = weight(self, "key", ("embed", "kv_heads", "head_dim"), (d, k, h), d)
         value = weight(self, "value", ("embed", "kv_heads", "head_dim"), (d, k, h), d)
-        output = weight(self, "output", ("heads", "head_dim", "embed"), (n, h, d), n * h)
+        output = weight(self, "output", ("heads", "head_dim", "embed"), (n, h, d), n * h, inputs=2)
         ones = nn.with_logical_partitioning(nn.initializers.ones, ("norm",))
         query_norm = self.param("query_norm", ones, (h,), jnp.float32)
         key_norm = self.param("key_norm", ones, (h,), jnp.float32)
 
-        project = lambda name, w: adapted(self, name, x, jnp.einsum("BTD,DNH->BTNH", x, w.astype(x.dtype)))
+        project = lambda name, w: projected(self, name, x, jnp.einsum("BTD,DNH->BTNH", x, w.astype(x.dtype)))
         q = rotate(rms_norm(project("query", query), query_norm, c.rms_norm_eps), angles)
         keys = rotate(rms_norm(project("key", key), key_norm, c.rms_norm_eps), angles)
         q = nn.with_logical_constraint(q, ("batch", "length", "heads", "head_dim"))
@@ -116,7 +142,7 @@ class Attention(nn.Module):
         out, context = context.attend(q, keys, values)
         # One contracted axis: over two, XLA may copy the matrix of every layer to bring it into the order of `out`.
         flat = out.reshape(*out.shape[:2], n * h) @ output.astype(x.dtype).reshape(n * h, d)
-        return adapted(self, "output", out, flat, inputs=2), context
+        return projected(self, "output", out, flat, inputs=2), context
 
 
 class SwiGLU(nn.Module):
@@ -130,7 +156,7 @@ class SwiGLU(nn.Module):
         gate = weight(self, "gate", ("embed", "mlp"), (d, f), d)
         up = weight(self, "up", ("embed", "mlp"), (d, f), d)
         down = weight(self, "down", ("mlp", "embed"), (f, d), f)
-        project = lambda name, x, w: adapted(self, name, x, x @ w.astype(x.dtype))
+        project = lambda name, x, w: projected(self, name, x, x @ w.astype(x.dtype))
         inner = nn.silu(project("gate", x, gate)) * project("up", x, up)
         inner = nn.with_logical_constraint(inner, ("batch", "length", "mlp"))
         return project("down", inner, down)

@@ -13,8 +13,8 @@ from refusion_jax.model.attention import Packed
 from refusion_jax.model.config import ModelConfig
 
 # What the backward pass may keep of a layer; the rest is computed again. "none" keeps everything. Take "minimal" where
-# it fits, else "full", and "none" for small models only. Compiled for 8B with 8 rows of 4096 on each TPU v5p: none 337 GiB
-# of temporaries, minimal 49 GiB, full 27 GiB; the operations of a step are as 1.00 to 1.17 to 1.23.
+# it fits, else "full", and "none" for small models only. Compiled for 8B with 8 rows of 4096 on each TPU v5p: none
+# 337 GiB of temporaries, minimal 49 GiB, full 27 GiB; the operations of a step are as 1.00 to 1.17 to 1.23.
 REMAT_POLICIES = {
     "minimal": jax.checkpoint_policies.save_only_these_names("qkv", "attended"),
     "full": jax.checkpoint_policies.nothing_saveable,
@@ -42,10 +42,14 @@ class Qwen3(nn.Module):
         chex.assert_rank(tokens, 2)
         chex.assert_equal_shape([tokens, positions])
         c = self.config
-        embedding = layers.Table(c, name="embed")()
+        embedding, scale = layers.Table(c, name="embed")()
         if not c.tie_embeddings:
             layers.Table(c, name="head")()
-        x = nn.with_logical_constraint(tables.look_up(embedding, tokens, c.dtype), ("batch", "length", "hidden"))
+        if scale is None:
+            x = tables.look_up(embedding, tokens, c.dtype)
+        else:
+            x = layers.scaled(embedding[tokens].astype(c.dtype), scale[tokens][..., None])
+        x = nn.with_logical_constraint(x, ("batch", "length", "hidden"))
         angles = layers.rotary_angles(positions, c.head_dim, c.rope_theta)
 
         block = layers.Block
@@ -78,7 +82,7 @@ def unstacked(params: dict) -> dict:
 
 
 def init_params(config: ModelConfig, key: jax.Array) -> dict:
-    """Random parameters, layers stacked, as boxed arrays that carry their logical axis names (`nn.unbox` for plain ones)."""
+    """Random parameters, layers stacked, boxed with their logical axis names (`nn.unbox` for plain arrays)."""
     tokens = jnp.zeros((1, 1), jnp.int32)
     config = dataclasses.replace(config, scan_layers=True)
     return Qwen3(config).init(key, tokens, tokens, Packed(tokens, implementation="xla"))["params"]

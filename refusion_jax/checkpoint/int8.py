@@ -1,0 +1,16 @@
+"""Weights in int8, with a scale for every output channel."""
+
+import numpy as np
+
+
+def quantise(x: np.ndarray, inputs: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray]:
+    """int8 values q in [-127, 127] and float32 scales, such that q * scale is within scale / 2 of x.
+
+    Args:
+      x: weights; finite, or some scales are not.
+      inputs: the axes that share a scale; the scales have the others.
+    """
+    top = np.maximum(x.max(inputs, keepdims=True), -x.min(inputs, keepdims=True)).astype(np.float32)
+    scale = np.maximum(top / 127, np.finfo(np.float32).tiny)
+    q = np.divide(x, scale, dtype=np.float32)
+    return np.rint(q, out=q).astype(np.int8), scale.squeeze(inputs)
