@@ -18,7 +18,7 @@ def free_port() -> int:
 def start(
     command: list, *, folder: pathlib.Path, processes: int = 1, devices: int = 4, **environ: str
 ) -> list[subprocess.Popen]:
-    """Starts `python *command` as so many processes that find each other, of so many devices each; n prints to folder/n.log."""
+    """Starts `python *command` as so many processes of so many devices each, which meet; process n prints to n.log."""
     address = f"localhost:{free_port()}"
     started = []
     for index in range(processes):

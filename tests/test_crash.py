@@ -1,4 +1,4 @@
-"""A run that is interrupted anywhere ends as if it had never been: same bits, nothing lost after the last checkpoint."""
+"""A run interrupted anywhere ends as if it had never been: same bits, nothing lost after the last checkpoint."""
 
 import concurrent.futures
 import json
@@ -87,7 +87,7 @@ def interrupt(job: Job, name: str, process, how: str, rng: random.Random) -> Non
         time.sleep(rng.uniform(0, 3))
     else:
         # Past its first steps, so that the chain of lives gets on.
-        wait_for(r"(?s)(step \d+/.*){%d}" % rng.randint(2, 4), log, process)
+        wait_for(rf"(?s)(step \d+/.*){{{rng.randint(2, 4)}}}", log, process)
     if how == "writing":
         checkpoints = job.folder / name / "run" / "checkpoints"
         while process.poll() is None and not any("tmp" in path.name for path in checkpoints.iterdir()):
@@ -99,7 +99,7 @@ def interrupt(job: Job, name: str, process, how: str, rng: random.Random) -> Non
 
 
 def live_and_die(job: Job, name: str, moments: list[str], seed: int) -> tuple[int, int]:
-    """A run interrupted at each of `moments` in turn, then left alone. Returns (kills, kills that cut off a checkpoint)."""
+    """A run interrupted at each of `moments` in turn, then left alone: (kills, kills that cut off a checkpoint)."""
     rng = random.Random(seed)
     steps, killed, cut_off = [], 0, 0
     for how in moments:
@@ -124,7 +124,7 @@ def live_and_die(job: Job, name: str, moments: list[str], seed: int) -> tuple[in
 
 
 def test_interrupted_anywhere_is_never_interrupted(job):
-    """Two runs at a time, 24 interruptions: 20 kills, half of them while a checkpoint is written, and 4 signals to stop."""
+    """Two runs, 24 interruptions: 20 kills, half of them while a checkpoint is written, and 4 signals to stop."""
     moments = ["starting", *["writing", "stepping", "asked", "writing", "stepping"] * 2, "writing"]
     with concurrent.futures.ThreadPoolExecutor() as pool:
         chains = {f"chain {seed}": pool.submit(live_and_die, job, f"chain {seed}", moments, seed) for seed in range(2)}

@@ -12,6 +12,7 @@ import signal
 import subprocess
 import sys
 
+import chex
 import jax
 import micro
 import numpy as np
@@ -125,7 +126,7 @@ def last_state(config, folder):
 
 
 def assert_same_run(config, folder, expected):
-    jax.tree.map(np.testing.assert_array_equal, last_state(config, folder), last_state(config, expected))
+    chex.assert_trees_all_equal(last_state(config, folder), last_state(config, expected))
     for kind in ("train", "evaluation"):
         assert records(folder, kind) == records(expected, kind)  # bit for bit: JSON keeps every digit
 
@@ -269,7 +270,7 @@ def test_numbers_that_are_not_finite_stop_the_run_before_it_saves(config, tmp_pa
     with pytest.raises(UserError, match=f"Step 5: .*param_norm is inf.*the checkpoints in {tmp_path} are from before"):
         train_lib.train(explosive, tmp_path)
     assert orbax.steps_in(tmp_path)[-1] == 4
-    jax.tree.map(np.testing.assert_array_equal, last_state(config, tmp_path), before)
+    chex.assert_trees_all_equal(last_state(config, tmp_path), before)
 
 
 def test_a_poisoned_parameter_is_reported_with_the_term(config, tmp_path, monkeypatch):
@@ -278,11 +279,12 @@ def test_a_poisoned_parameter_is_reported_with_the_term(config, tmp_path, monkey
 
     def build(*args):
         program = original(*args)
-        poison = lambda key: (
-            lambda s: s.replace(
-                params={**s.params, "embed": {"embedding": s.params["embed"]["embedding"].at[ord("1")].set(np.nan)}}
-            )
-        )(program.init(key))
+
+        def poison(key):
+            state = program.init(key)
+            table = state.params["embed"]["embedding"].at[ord("1")].set(np.nan)
+            return state.replace(params={**state.params, "embed": {"embedding": table}})
+
         return dataclasses.replace(program, init=poison)
 
     monkeypatch.setattr(steps_lib, "build", build)
@@ -312,9 +314,10 @@ def test_only_the_term_that_is_not_finite_is_named():
 def test_a_run_that_is_refused_leaves_the_folder_as_it_was(change, message, config, uninterrupted):
     """What describes the run that is there, too: config.json and tokenizer/."""
     folder = uninterrupted[0]
-    read = lambda: {
-        path: path.read_bytes() for path in folder.rglob("*") if path.is_file() and "cache" not in str(path)
-    }
+
+    def read():
+        return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file() and "cache" not in str(path)}
+
     before = read()
     with pytest.raises(UserError, match=message):
         train_lib.train(changed(config, change), folder)
