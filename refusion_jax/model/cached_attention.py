@@ -37,10 +37,12 @@ class Cached:
           window_mask: [batch, window, window] bool (query, key) inside the window; all see what is committed.
         """
         window = window_mask.shape[2]
-        behind = jnp.arange(cache.cache_length) - cache.length[:, None]  # [B, S]
-        inside = jnp.take_along_axis(window_mask, jnp.clip(behind, 0, window - 1)[:, None], axis=2)
-        behind = behind[:, None]
-        seen = (behind < 0) | (inside & (behind < window))
+        behind = (jnp.arange(cache.cache_length) - cache.length[:, None])[:, None]  # [B, 1, S]
+        # A product with ones where an entry is of that place in the window: a look-up would be laid out 8 times as
+        # large on a TPU, and take longer.
+        place = behind == jnp.arange(window)[:, None]
+        inside = jnp.einsum("BTW,BWS->BTS", window_mask.astype(jnp.float32), place.astype(jnp.float32)) > 0
+        seen = (behind < 0) | inside
         return cls(cache, cache.length[:, None] + jnp.arange(window), seen, implementation=implementation)
 
     @classmethod
