@@ -23,7 +23,7 @@ from refusion_jax import step as steps_lib
 from refusion_jax.config import Config, DataConfig, load_config
 from refusion_jax.errors import UserError
 from refusion_jax.metrics.flops import CHIPS
-from refusion_jax.model import head
+from refusion_jax.model import cached_attention, head
 from refusion_jax.model.config import ModelConfig, qwen3
 from refusion_jax.parallel.mesh import make_mesh
 from refusion_jax.sampling.config import METHODS, SamplerConfig
@@ -311,8 +311,9 @@ class TestTpuCompiler:
             assert sum(kernel in line for line in calls) == 1, kernel
 
     @pytest.mark.parametrize("shape, batch", [((1, 2, 2), 16), ((2, 2, 1), 256)])
-    def test_decoding_copies_no_cache_and_gathers_no_weights(self, shape, batch):
+    def test_decoding_copies_no_cache_and_gathers_no_weights(self, shape, batch, monkeypatch):
         """With few rows and one key head on a device, and with many and several, which XLA lays out differently."""
+        monkeypatch.setattr(cached_attention, "SCORE_BYTES", 2**20)
         model = dataclasses.replace(MODEL, dtype="bfloat16")
         mesh = make_mesh(*shape, devices=targets.topology_devices("v5e:2x2"))
         sampler = SamplerConfig(gen_length=64, slot_size=8, blocks=4)
@@ -322,11 +323,11 @@ class TestTpuCompiler:
                 dataclasses.replace(CONFIG, model=model), mesh, sampler, batch=batch, prompt_length=prompt_length
             )
             compiled, _ = compile_step.compile_program(lowered, "v5e:2x2", mesh)
-            cache = 2 * 3 * batch * (prompt_length + 64) * 2 * 128 * 2 / 4  # bytes of one device
+            keys = batch * (prompt_length + 64) * 2 * 128 * 2 / 4  # bytes of a layer's keys on one device, at least
             memory = compiled.memory_analysis()
-            assert memory.alias_size_in_bytes > cache  # updated in place
+            assert memory.alias_size_in_bytes > 3 * 2 * keys  # updated in place
             temporaries.append(memory.temp_size_in_bytes)
-        assert max(temporaries) < 1.1 * min(temporaries) < cache / 20  # the same for either cache
+        assert max(temporaries) - min(temporaries) < keys / 10  # masks may grow with the cache
         weight = 256 * 2 * 128 * 2  # bytes of a layer's smallest matrix
         for c in collective_list(compiled.as_text(), mesh):
             assert c.kind not in ("all-gather", "all-to-all") or c.bytes < weight, (

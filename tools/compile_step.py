@@ -43,10 +43,11 @@ from refusion_jax.model.qwen3 import unstacked
 from refusion_jax.objective.common import PackedBatch
 from refusion_jax.parallel import sharding
 from refusion_jax.parallel.mesh import make_mesh
-from refusion_jax.sampling import engine
+from refusion_jax.sampling import programs
 from refusion_jax.sampling.config import METHODS, SamplerConfig
 from refusion_jax.train import with_tokenizer
 
+LAYER = re.compile(r"/layers?(_\d+)?/")  # in the names of what a layer does
 EXAMPLES_PER_ROW = 32  # where the config leaves it to the data
 
 
@@ -116,13 +117,13 @@ def decode_program(
             f"--batch {batch} does not split over the mesh's data x fsdp = {shards} devices. Set --config.mesh.fsdp=1 "
             "--config.mesh.tensor=-1, or take a multiple."
         )
-    sampler = engine.make_sampler(config.model, sampler_config, batch, mesh)
+    sampler = programs.make_sampler(config.model, sampler_config, batch, mesh)
     model = sampler.model
     filled = prompt_length + sampler.length
     weights = decode_weights(model, mesh)
-    state = decode_state(sampler, mesh, batch, engine.cache_bucket(filled + sampler.window))
+    state = decode_state(sampler, mesh, batch, programs.cache_bucket(filled + sampler.window))
     scalar = jax.ShapeDtypeStruct((), jnp.int32, sharding=sharding.replicated(mesh))
-    lowered = engine.programs(sampler, mesh).run.lower(weights, state, scalar, scalar)
+    lowered = programs.programs(sampler, mesh).run.lower(weights, state, scalar, scalar)
     tokens, tensor = batch * sampler.window, mesh.shape["tensor"]
     attention = 4 * model.num_layers * model.num_heads * model.head_dim * tokens * filled
     needed = 2 * flops.matmul_params(model) * tokens + attention
@@ -157,7 +158,7 @@ def decode_weights(model: ModelConfig, mesh: Mesh) -> dict:
 def decode_state(sampler, mesh: Mesh, batch: int, cache_length: int):
     """The abstract state of an empty batch, as it lies on the mesh."""
     with sharding.use(mesh, sharding.DECODE_RULES):
-        state = jax.eval_shape(lambda: engine.empty(sampler, batch, cache_length))
+        state = jax.eval_shape(lambda: programs.empty(sampler, batch, cache_length))
     rows = ("data", "fsdp")
     place = lambda x, *spec: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(mesh, PartitionSpec(*spec)))
     entries = lambda x: place(x, *(None,) * (x.ndim - 4), rows, "tensor")
@@ -257,12 +258,10 @@ def launched(program: Program, work: Work) -> dict:
     """What one forward pass of decoding, or one microbatch of training, launches, moves and copies on a device."""
     computation = program.outer_loop() if work.parts is None else "ENTRY"
     found, parts = program.work(computation, work.least), work.parts or 1
-    in_layer = [
-        runs for _, i, runs in program.kernels(computation) if re.search(r'op_name="[^"]*/layers?(_\d+)?/', i.text)
-    ]
+    in_layers = sum(runs for _, kernel, runs in program.kernels(computation) if program.has_source(kernel, LAYER))
     return {
         "kernels": found.kernels / parts,
-        "kernels_per_layer": sum(in_layer) / parts / work.layers,
+        "kernels_per_layer": in_layers / parts / work.layers,
         "dynamic_loops": found.dynamic_loops / parts,
         "conditionals": found.conditionals / parts,
         "copied_bytes": found.copied_bytes / parts,

@@ -347,6 +347,13 @@ class Program:
             return tuple(flags) if root.opcode == "tuple" else flags[0]
         return False
 
+    def has_source(self, kernel: Instruction, pattern: re.Pattern) -> bool:
+        """Whether a kernel, or something fused into it where it has no name itself, comes from such a place."""
+        parts = (
+            [kernel] if "op_name=" in kernel.text or kernel.opcode != "fusion" else self.instructions(kernel.called[0])
+        )
+        return any(pattern.search(name) for part in parts for name in re.findall(r'op_name="([^"]*)"', part.text))
+
     def outer_loop(self) -> str | None:
         """The body of the program's own loop: of those in the entry of unknown trip count, the one that moves most."""
         bodies = [
