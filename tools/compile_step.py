@@ -142,11 +142,12 @@ def decode_program(
 
 
 def decode_weights(model: ModelConfig, mesh: Mesh) -> dict:
-    """Abstract parameters of a decoding model, in its compute dtype, as they lie on the mesh."""
+    """Abstract parameters of a decoding model, in its compute dtype or quantised, as they lie on the mesh."""
     stacked = nn.unbox(sharding.abstract_params(model))
     specs = sharding.param_specs(model, sharding.DECODE_RULES)
     sharding.check_model(model, mesh)
-    place = lambda p, spec: jax.ShapeDtypeStruct(p.shape, model.dtype, sharding=NamedSharding(mesh, spec))
+    dtype = lambda p: p.dtype if model.quantise else model.dtype
+    place = lambda p, spec: jax.ShapeDtypeStruct(p.shape, dtype(p), sharding=NamedSharding(mesh, spec))
     if model.scan_layers:
         return jax.tree.map(place, stacked, specs)
     one = lambda spec: PartitionSpec(*spec[1:])
