@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -167,21 +166,6 @@ def eval_step(config: Config, params: dict, frozen: dict, batch: PackedBatch) ->
     }
 
 
-class OnMesh:
-    """A jitted function that is always traced and run with the training rules meaning `mesh`."""
-
-    def __init__(self, mesh: Mesh, function: Callable, **jit_arguments):
-        self._mesh, self.jitted = mesh, jax.jit(function, **jit_arguments)
-
-    def __call__(self, *args):
-        with sharding.use(self._mesh, sharding.TRAIN_RULES):
-            return self.jitted(*args)
-
-    def lower(self, *args):
-        with sharding.use(self._mesh, sharding.TRAIN_RULES):
-            return self.jitted.lower(*args)
-
-
 @dataclasses.dataclass(frozen=True)
 class Program:
     """The jitted functions of a run on its mesh, with the sharding of everything they take.
@@ -196,10 +180,10 @@ class Program:
     """
 
     mesh: Mesh
-    init: OnMesh
-    start: OnMesh
-    train: OnMesh
-    evaluate: OnMesh
+    init: sharding.OnMesh
+    start: sharding.OnMesh
+    train: sharding.OnMesh
+    evaluate: sharding.OnMesh
     abstract_state: TrainState
     batch_sharding: jax.sharding.NamedSharding
 
@@ -252,7 +236,7 @@ def build(config: Config, mesh: Mesh, steps: int) -> Program:
     with_base = shardings.replace(frozen=frozen_shardings)
     rows = sharding.batch_sharding(mesh)
 
-    on_mesh = functools.partial(OnMesh, mesh)
+    on_mesh = functools.partial(sharding.OnMesh, mesh, sharding.TRAIN_RULES)
     return Program(
         mesh=mesh,
         init=on_mesh(init, out_shardings=shardings),
