@@ -26,6 +26,7 @@ from refusion_jax.parallel import sharding
 from refusion_jax.parallel.mesh import make_mesh
 from refusion_jax.sampling import Generation, SamplerConfig, stream
 from refusion_jax.sampling.config import METHODS, SPECULATE
+from refusion_jax.sampling.programs import decode_params
 from refusion_jax.settings import build
 
 
@@ -47,6 +48,7 @@ class Decoder:
     """A model with its tokenizer, on its devices.
 
     Attributes:
+      params: as `sampling.programs.decode_params` gives them.
       slot_size: the largest it was trained with; 32, the authors', where that is not recorded.
     """
 
@@ -79,6 +81,7 @@ class Decoder:
         model = load.with_tokenizer(model, words, checkpoint)
         devices = parse_mesh(mesh)
         params = load.load_params(checkpoint, model, devices, sharding.DECODE_RULES, dtype, step)
+        params = decode_params(params, devices)  # once, and not for every call
         objective = (run_config(checkpoint, step) or {}).get("objective") or {}
         return cls(params, model, words, devices, max(objective.get("slot_sizes") or [cls.slot_size]))
 

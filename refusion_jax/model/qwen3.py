@@ -73,12 +73,19 @@ class Qwen3(nn.Module):
 
 def unstacked(params: dict) -> dict:
     """Stacked parameters ("layers") as a model without `scan_layers` takes them ("layer_0", "layer_1", ...)."""
-    stacked = params["layers"]
-    count = len(jax.tree.leaves(stacked)[0])
-    of = lambda i: jax.tree.map(lambda x: x[i], stacked)
-    return {name: tree for name, tree in params.items() if name != "layers"} | {
-        f"layer_{i}": of(i) for i in range(count)
-    }
+    layers = params["layers"]
+    rest = {name: tree for name, tree in params.items() if name != "layers"}
+    count = len(jax.tree.leaves(layers)[0])
+    return rest | {f"layer_{i}": jax.tree.map(lambda x, i=i: x[i], layers) for i in range(count)}
+
+
+def stacked(params: dict) -> dict:
+    """The inverse of `unstacked`; parameters that are stacked stay as they are."""
+    if "layers" in params:
+        return params
+    layers = [params[f"layer_{i}"] for i in range(sum(name.startswith("layer_") for name in params))]
+    rest = {name: tree for name, tree in params.items() if not name.startswith("layer_")}
+    return rest | {"layers": jax.tree.map(lambda *x: jnp.stack(x), *layers)}
 
 
 def init_params(config: ModelConfig, key: jax.Array) -> dict:

@@ -87,7 +87,7 @@ class Engine:
         self.model, self.config = model, config
         self.sampler = make_sampler(model, config, self.batch, mesh)
         self._programs = programs(self.sampler, mesh)
-        self._params = decode_params(self.sampler, params, mesh)
+        self._params = decode_params(params, mesh)
         self.cache_length = self._needed(max_prompt_length)
         self._state = self._programs.empty(self.batch, self.cache_length)
         self._owner: list[Prompt | None] = [None] * self.batch

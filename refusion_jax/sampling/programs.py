@@ -55,13 +55,21 @@ class Chunk:
     request: Request
 
 
+def _platform(mesh: Mesh | None) -> str:
+    return mesh.devices.flat[0].platform if mesh else jax.default_backend()
+
+
+def scans(mesh: Mesh | None) -> bool:
+    """Whether decoding takes layers stacked: a TPU reads a slice of them in place, CPUs and GPUs would copy it first."""
+    return _platform(mesh) == "tpu"
+
+
 def make_sampler(
     model: ModelConfig, config: SamplerConfig, batch: int, mesh: Mesh | None = None
 ) -> PlanAndInfill | Autoregressive:
     """The static part of a decoding with these settings: what compiled programs are kept by."""
-    platform = mesh.devices.flat[0].platform if mesh else jax.default_backend()
-    # A TPU reads a layer's slice of stacked weights in place; CPUs and GPUs would copy it first.
-    model = dataclasses.replace(model, remat="none", scan_layers=platform == "tpu")
+    platform = _platform(mesh)
+    model = dataclasses.replace(model, remat="none", scan_layers=scans(mesh))
     if config.method == "autoregressive":
         return Autoregressive(model, config.gen_length)
     n, k = config.slots // config.blocks, config.slot_size
@@ -166,7 +174,6 @@ class Programs:
     prefill: sharding.OnMesh
     stop: sharding.OnMesh
     grow: sharding.OnMesh
-    unstack: sharding.OnMesh
 
 
 @functools.cache
@@ -179,12 +186,14 @@ def programs(sampler: PlanAndInfill | Autoregressive, mesh: Mesh | None) -> Prog
         prefill=on_mesh(functools.partial(prefill, sampler), donate_argnums=1),
         stop=on_mesh(stop, donate_argnums=0),
         grow=on_mesh(grow, static_argnums=1),
-        unstack=on_mesh(unstacked),
     )
 
 
-def decode_params(sampler: PlanAndInfill | Autoregressive, params: dict, mesh: Mesh | None = None) -> dict:
-    """A checkpoint's parameters as the sampler's model takes them; as they are when they are so already."""
-    if sampler.model.scan_layers or "layers" not in params:
-        return params
-    return programs(sampler, mesh).unstack(params)
+def decode_params(params: dict, mesh: Mesh | None = None) -> dict:
+    """A checkpoint's parameters as decoding takes them on these devices; as they are when they are so already."""
+    return params if scans(mesh) or "layers" not in params else _unstack(mesh)(params)
+
+
+@functools.cache
+def _unstack(mesh: Mesh | None) -> sharding.OnMesh:
+    return sharding.OnMesh(mesh, sharding.DECODE_RULES, unstacked)
