@@ -197,3 +197,32 @@ def test_weights_are_read_once_and_slices_of_them_are_slices():
     work = compiled(lambda table, w, ids: table[ids] @ w, table, w, jnp.arange(4)).work()
     rows, matrix = 4 * 512 * 4, w.nbytes
     assert matrix + 2 * rows < work.moved_bytes < matrix + 6 * rows
+
+
+def test_a_slice_of_what_a_fusion_inside_a_fusion_passes_on_is_a_slice():
+    """A TPU's compiler reads a layer of stacked int8 matrices so, in another tiling."""
+    program = hlo.Program("""
+%tiling (all: s8[36,64,128]) -> s8[36,64,128] {
+  %all = s8[36,64,128]{2,1,0:T(32,128)} parameter(0)
+  ROOT %tiled = s8[36,64,128]{2,1,0:T(8,128)} copy(%all)
+}
+
+%product (x: bf16[16,64], w: s8[36,64,128], i: s32[]) -> bf16[16,128] {
+  %x = bf16[16,64]{1,0} parameter(0)
+  %w = s8[36,64,128]{2,1,0:T(32,128)} parameter(1)
+  %i = s32[] parameter(2)
+  %view = s8[36,64,128]{2,1,0:T(8,128)} fusion(%w), kind=kLoop, calls=%tiling
+  %slice = s8[1,64,128]{2,1,0:T(8,128)} dynamic-slice(%view, %i, %i, %i), dynamic_slice_sizes={1,64,128}
+  %layer = s8[64,128]{1,0:T(8,128)} bitcast(%slice)
+  ROOT %y = bf16[16,128]{1,0} convolution(%x, %layer), dim_labels=bf_io->bf
+}
+
+ENTRY %main (x: bf16[16,64], w: s8[36,64,128], i: s32[]) -> bf16[16,128] {
+  %x = bf16[16,64]{1,0} parameter(0)
+  %w = s8[36,64,128]{2,1,0:T(32,128)} parameter(1)
+  %i = s32[] parameter(2)
+  ROOT %y = bf16[16,128]{1,0} fusion(%x, %w, %i), kind=kOutput, calls=%product
+}
+""")
+    index = 4 * 3  # the same scalar for each axis
+    assert program.work().moved_bytes <= 2 * 16 * 64 + 64 * 128 + 2 * 16 * 128 + index

@@ -258,17 +258,19 @@ class Program:
             o.bytes * min(n, o.elements) // max(o.elements, 1) for o, n in zip(operands, read, strict=True)
         )
 
-    def _read(self, computation: str) -> list[int]:
-        """Elements of each parameter that a fused computation reads, followed back from its root."""
+    def _read(self, computation: str, wanted: float = math.inf) -> list[int]:
+        """Elements of each parameter that a fused computation reads for so many of its result (all), followed back from
+        its root.
+        """
         lines = self.computations[computation]
         needed = collections.Counter()
         for i in reversed(lines.values()):
             if i.root:
-                needed[i.name] = i.elements
+                needed[i.name] = min(i.elements, wanted)
             if i.opcode == "tuple":
                 read = [lines[name].elements for name in i.operands]
             elif i.opcode == "fusion":
-                read = self._read(i.called[0])
+                read = self._read(i.called[0], needed[i.name])
             else:
                 read = _read_by(i, [lines[name] for name in i.operands], min(needed[i.name], i.elements))
             for name, count in zip(i.operands, read, strict=True):
