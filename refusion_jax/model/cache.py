@@ -1,5 +1,6 @@
 """The static-shape key/value cache."""
 
+import chex
 import jax
 import jax.numpy as jnp
 from flax import struct
@@ -52,6 +53,8 @@ class KVCache:
         """Puts keys and values [row, kv_head, window, head_dim] at `entries` [row, window] of a layer; past the
         end: nowhere.
         """
+        chex.assert_equal_shape([k, v])
+        chex.assert_shape(entries, (k.shape[0], k.shape[2]))
         batch = jnp.arange(len(k)) if self.rows is None else self._in_batch(jax.tree.leaves(self.k)[0].shape[-4])
         at = (batch[:, None, None], jnp.arange(k.shape[1])[None, :, None], entries[:, None])
 

@@ -1,5 +1,6 @@
 """Attention of a window on a key/value cache: decoding."""
 
+import chex
 import jax
 import jax.numpy as jnp
 from flax import struct
@@ -37,6 +38,7 @@ class Cached:
           window_mask: [batch, window, window] bool (query, key) inside the window; all see what is committed.
         """
         window = window_mask.shape[2]
+        chex.assert_shape(window_mask, (cache.length.shape[0], window, window))
         behind = (jnp.arange(cache.cache_length) - cache.length[:, None])[:, None]  # [B, 1, S]
         # A product with ones where an entry is of that place in the window: a look-up would be laid out 8 times as
         # large on a TPU, and take longer.

@@ -11,6 +11,7 @@ The loss is the sum over terms of scale * sum(weights * loss of the token) / max
 
 from typing import Any
 
+import chex
 import jax
 import jax.numpy as jnp
 from flax import struct
@@ -107,6 +108,10 @@ class TokenLoss:
 
 def layout(batch: PackedBatch) -> Layout:
     """Layout of a packed batch, from the lengths of its examples."""
+    chex.assert_rank([batch.tokens, batch.lengths], 2)
+    chex.assert_equal_shape([batch.prompt_lengths, batch.lengths, batch.example_ids])
+    chex.assert_equal_shape_prefix([batch.tokens, batch.lengths], 1)
+    chex.assert_type([batch.tokens, batch.lengths, batch.example_ids], [jnp.int32, jnp.int32, jnp.uint32])
     index = jnp.arange(batch.tokens.shape[1])
     ends = jnp.cumsum(batch.lengths, axis=1)
     example = jax.vmap(lambda e: jnp.searchsorted(e, index, side="right"))(ends)  # == examples: padding
