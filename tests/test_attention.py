@@ -1,5 +1,6 @@
 """Every attention context and kernel against an einsum in float64 under masks written out here."""
 
+import contextlib
 import dataclasses
 import functools
 
@@ -13,7 +14,7 @@ from forward import forward
 from jax.extend.core import jaxprs_in_params
 
 from refusion_jax.errors import UserError
-from refusion_jax.model import attention, cached_attention, flash
+from refusion_jax.model import attention, blockwise, cached_attention, flash
 from refusion_jax.model.cache import KVCache
 from refusion_jax.model.cached_attention import Cached
 from refusion_jax.model.config import ModelConfig
@@ -77,7 +78,7 @@ def blocks_of(segments, size):
     return ((np.arange(segments.shape[1]) - first) // size).astype(np.int32)
 
 
-EXTRA = np.random.default_rng(5).random((1, 1100, 1100)) < 0.1
+EXTRA = np.random.default_rng(5).random((1, 100, 100)) < 0.1
 RULES = {  # of query i and key j in blocks b_i and b_j of one segment
     "causal": lambda i, j, b_i, b_j: j <= i,
     "all": lambda i, j, b_i, b_j: True,
@@ -97,25 +98,40 @@ def context_of(rule, segments, blocks):
     }[rule]()
 
 
+@pytest.mark.parametrize("mesh", [None, (2, 2, 2), (4, 1, 2)], ids=str)
 @pytest.mark.parametrize("rule", RULES)
-@pytest.mark.parametrize("length", [37, 1100])  # one chunk, and several of which the last is ragged
-def test_packed_rows_equal_the_reference(rule, length):
-    qkv, segments, g = packed(2, length, 4, 2, 8)
-    blocks = blocks_of(segments, size=24)
+@pytest.mark.parametrize("length", [32, 100])  # one block of the computation, and several of which the last is ragged
+def test_packed_rows_equal_the_reference(monkeypatch, rule, length, mesh):
+    monkeypatch.setattr(blockwise, "BLOCK", 32)
+    qkv, segments, g = packed(4, length, 4, 2, 8)
+    blocks = blocks_of(segments, size=11)
     sees = np.vectorize(lambda i, j, b_i, b_j: RULES[rule](i, j, b_i, b_j))
     at = np.arange(length)
     mask = np.stack([sees(at[:, None], at[None, :], b[:, None], b[None, :]) for b in blocks])
     mask &= segments[:, :, None] == segments[:, None, :]
     attend = lambda q, k, v, s: context_of(rule, s, blocks).attend(q, k, v)[0]
-    found = jax.jit(functools.partial(outputs_and_gradients, attend))(qkv, segments, g)
+    with sharding.use(make_mesh(*mesh), sharding.TRAIN_RULES) if mesh else contextlib.nullcontext():
+        found = jax.jit(functools.partial(outputs_and_gradients, attend))(qkv, segments, g)
     expected = in_float64(qkv, mask, g)
     expected[0] = expected[0] * (segments > 0)[..., None, None]
     assert_close(found, expected, atol=1e-5)
 
 
-@pytest.mark.parametrize("length", [24, 600])
-def test_two_streams_equal_their_rule(length):
-    """Noisy queries see noisy keys of their block, clean ones of earlier blocks; clean ones see clean ones up to theirs."""
+@pytest.mark.parametrize("see", ["causal", "all"])
+def test_pairs_of_blocks_that_nobody_needs_are_skipped(monkeypatch, see):
+    """Where a pair is computed, a value that is no number reaches every query of it, whatever its weight is."""
+    monkeypatch.setattr(blockwise, "BLOCK", 32)
+    (q, k, v), _, _ = packed(1, 96, 2, 2, 8)
+    segments = jnp.repeat(jnp.array([[1, 2]]), np.array([64, 32]), axis=1)
+    v[:, :32] = np.nan
+    out, _ = attention.Packed(segments, see=see, implementation="xla").attend(q, k, v)
+    assert np.isnan(out[:, :64]).all() and np.isfinite(out[:, 64:]).all()
+
+
+@pytest.mark.parametrize("length", [16, 60])
+def test_two_streams_equal_their_rule(monkeypatch, length):
+    """Noisy tokens see noisy ones of their block, clean ones of earlier blocks; clean tokens clean ones up to theirs."""
+    monkeypatch.setattr(blockwise, "BLOCK", 32)
     (q, k, v), segments, _ = packed(2, 2 * length, 4, 2, 8)
     segments = np.where(np.arange(length) < length // 3, 1, np.where(np.arange(length) < length - 3, 2, 0))
     segments = np.stack([segments, np.ones(length, int)]).astype(np.int32)

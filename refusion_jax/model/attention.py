@@ -16,55 +16,7 @@ import jax.numpy as jnp
 from flax import struct
 from jax.ad_checkpoint import checkpoint_name
 
-from refusion_jax.model import flash
-
-QUERY_CHUNK = 512  # queries whose scores exist at a time in training
-
-
-def masked_attention(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array) -> jax.Array:
-    """Softmax attention in float32 under an explicit mask.
-
-    Args:
-      q: [batch, query, heads, head_dim].
-      k, v: [batch, key, kv_heads, head_dim]; each kv head serves heads / kv_heads query heads.
-      mask: [batch, query, key] bool, True where a query may see a key.
-
-    Returns:
-      [batch, query, heads, head_dim] in q's dtype. A query that may see nothing gets finite values.
-    """
-    batch, length, heads, dim = q.shape
-    grouped = q.reshape(batch, length, k.shape[2], heads // k.shape[2], dim)
-    scores = jnp.einsum("BTKGH,BSKH->BKGTS", grouped, k.astype(q.dtype), preferred_element_type=jnp.float32) * dim**-0.5
-    scores = jnp.where(mask[:, None, None], scores, jnp.finfo(jnp.float32).min)
-    weights = jax.nn.softmax(scores, axis=-1).astype(q.dtype)
-    return jnp.einsum("BKGTS,BSKH->BTKGH", weights, v.astype(q.dtype)).reshape(q.shape)
-
-
-def chunked_attention(q: jax.Array, k: jax.Array, v: jax.Array, visible) -> jax.Array:
-    """Attention in plain XLA, `QUERY_CHUNK` queries at a time, forward and backward.
-
-    Args:
-      q: [batch, length, heads, head_dim].
-      k, v: [batch, length, kv_heads, head_dim].
-      visible: from indices of queries [query] to the mask [batch, query, length] of keys that they see.
-
-    Returns:
-      [batch, length, heads, head_dim] in q's dtype.
-    """
-    length = q.shape[1]
-    if length <= QUERY_CHUNK:
-        return masked_attention(q, k, v, visible(jnp.arange(length)))
-    chunks = -(-length // QUERY_CHUNK)
-    pad = chunks * QUERY_CHUNK - length
-    split = jnp.pad(q, ((0, 0), (0, pad), (0, 0), (0, 0))).reshape(q.shape[0], chunks, QUERY_CHUNK, *q.shape[2:])
-
-    @jax.checkpoint
-    def attend(q, rows):
-        return masked_attention(q, k, v, visible(jnp.minimum(rows, length - 1)))
-
-    rows = jnp.arange(chunks * QUERY_CHUNK).reshape(chunks, QUERY_CHUNK)
-    out = jax.lax.map(lambda chunk: attend(*chunk), (jnp.moveaxis(split, 1, 0), rows))
-    return jnp.moveaxis(out, 0, 1).reshape(q.shape[0], chunks * QUERY_CHUNK, *q.shape[2:])[:, :length]
+from refusion_jax.model import blockwise, flash
 
 
 @struct.dataclass
@@ -85,27 +37,27 @@ class Packed:
     see: str = struct.field(pytree_node=False, default="causal")
     implementation: str = struct.field(pytree_node=False, default="auto")
 
-    def visible(self, rows: jax.Array) -> jax.Array:
-        """Mask [batch, query, length] of queries with the given indices [query]."""
-        same = self.segment_ids[:, rows, None] == self.segment_ids[:, None, :]
+    def visible(self, queries: jax.Array, keys: jax.Array) -> jax.Array:
+        """Mask [batch, query, key] of tokens with the given indices [query] and [key]."""
+        same = self.segment_ids[:, queries, None] == self.segment_ids[:, None, keys]
         if self.see == "all":
             return same
         if self.see == "causal":
-            seen = (rows[:, None] >= jnp.arange(self.segment_ids.shape[1]))[None]
+            seen = (queries[:, None] >= keys)[None]
         else:
-            seen = self.blocks[:, rows, None] >= self.blocks[:, None, :]
-        return same & (seen if self.extra is None else seen | self.extra[:, rows])
+            seen = self.blocks[:, queries, None] >= self.blocks[:, None, keys]
+        return same & (seen if self.extra is None else seen | self.extra[:, queries[:, None], keys])
 
     def attend(self, q, k, v):
         """q [B, T, N, H], k and v [B, T, K, H] -> ([B, T, N, H] under the checkpoint name "attended", self)."""
         platform, kind = flash.platform()
+        causal = self.see == "causal"
         plain = self.see == "block" or self.extra is not None  # no kernel has these
         name = (
             "xla" if plain else flash.choose(self.implementation, platform, kind, q.shape[1], q.shape[3], q.dtype.name)
         )
         if name == "xla":
-            return checkpoint_name(chunked_attention(q, k, v, self.visible), "attended"), self
-        causal = self.see == "causal"
+            return blockwise.attention(q, k, v, self, causal=causal and self.extra is None), self
         if name == "splash":
             kernel = functools.partial(flash.splash, causal=causal, interpret=platform == "cpu")
             return flash.per_device(kernel, q, k, v, self.segment_ids), self
@@ -117,8 +69,8 @@ class Packed:
 class TwoStream:
     """Block diffusion in training: rows hold every token twice, noisy and clean, in any arrangement.
 
-    Inside its segment a noisy token sees the noisy tokens of its own block and the clean ones of earlier blocks; a clean
-    token sees the clean ones of its own and earlier blocks.
+    Inside its segment a noisy token sees the noisy tokens of its own block and the clean ones of earlier blocks; a
+    clean token sees the clean ones of its own and earlier blocks.
 
     Attributes:
       segment_ids, blocks: [batch, length] int32.
@@ -129,14 +81,14 @@ class TwoStream:
     blocks: jax.Array
     clean: jax.Array
 
-    def visible(self, rows: jax.Array) -> jax.Array:
-        """Mask [batch, query, length] of queries with the given indices [query]."""
-        same = self.segment_ids[:, rows, None] == self.segment_ids[:, None, :]
-        query, key, clean = self.blocks[:, rows, None], self.blocks[:, None, :], self.clean[:, None, :]
+    def visible(self, queries: jax.Array, keys: jax.Array) -> jax.Array:
+        """Mask [batch, query, key] of tokens with the given indices [query] and [key]."""
+        same = self.segment_ids[:, queries, None] == self.segment_ids[:, None, keys]
+        query, key, clean = self.blocks[:, queries, None], self.blocks[:, None, keys], self.clean[:, None, keys]
         from_noisy = jnp.where(clean, key < query, key == query)
         from_clean = clean & (key <= query)
-        return same & jnp.where(self.clean[:, rows, None], from_clean, from_noisy)
+        return same & jnp.where(self.clean[:, queries, None], from_clean, from_noisy)
 
     def attend(self, q, k, v):
         """q [B, T, N, H], k and v [B, T, K, H] -> ([B, T, N, H] under the checkpoint name "attended", self)."""
-        return checkpoint_name(chunked_attention(q, k, v, self.visible), "attended"), self
+        return blockwise.attention(q, k, v, self, causal=False), self
