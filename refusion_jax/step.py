@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import math
 from typing import Any
 
 import jax
@@ -146,13 +147,13 @@ def _microbatches(x: jax.Array, count: int) -> jax.Array:
 
 
 def eval_step(config: Config, params: dict, frozen: dict, batch: PackedBatch) -> dict:
-    """Sums over one batch, under corruption that is the same every time.
+    """Sums over one batch, under corruption that is the same every time; what changes over steps is at its end.
 
     Returns:
       For every term numerator, denominator, weighted (the numerator times the term's scale), correct and tokens; over
       several batches they add up.
     """
-    inputs = config.objective.corrupt(keys.domain_key(config.seed, "evaluation"), batch, config.model, 0)
+    inputs = config.objective.corrupt(keys.domain_key(config.seed, "evaluation"), batch, config.model, math.inf)
     losses = token_losses(config.model, config.objective, model_variables(config, params, frozen), inputs)
     return {
         name: {

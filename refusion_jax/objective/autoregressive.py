@@ -22,7 +22,7 @@ class Autoregressive:
     def __post_init__(self):
         choice("objective", self, "kind", ("autoregressive",))
 
-    def corrupt(self, key: jax.Array, batch: PackedBatch, model: ModelConfig, step: jax.Array | int) -> Inputs:
+    def corrupt(self, key: jax.Array, batch: PackedBatch, model: ModelConfig, step: jax.Array | float) -> Inputs:
         """Nothing is changed or drawn; the prompt's last token predicts the first one of the response."""
         where = layout(batch)
         following = where.offset + 1
@@ -36,5 +36,5 @@ class Autoregressive:
             terms={"ar": Term(weights, jnp.sum(weights), jnp.float32(1))},
         )
 
-    def per_token(self, logits: jax.Array, targets: jax.Array) -> TokenLoss:
+    def per_token(self, model: ModelConfig, logits: jax.Array, targets: jax.Array) -> TokenLoss:
         return cross_entropy(logits, targets)

@@ -3,12 +3,13 @@
 An objective is a frozen dataclass whose fields are its settings (`config.objective`), with
 
     corrupt(key, batch, model, step) -> Inputs      what the model sees and has to predict
-    per_token(logits, targets) -> TokenLoss         of logits [tokens, vocab], for `over_vocabulary`
+    per_token(model, logits, targets) -> TokenLoss  of logits [tokens, vocab], for `over_vocabulary`
     needs_mask_token                                whether the model must have a mask token
 
 The loss is the sum over terms of scale * sum(weights * loss of the token) / max(denominator, 1).
 """
 
+import functools
 from typing import Any
 
 import chex
@@ -130,6 +131,15 @@ def layout(batch: PackedBatch) -> Layout:
     )
 
 
+def count_in_segment(chosen: jax.Array, segment_ids: jax.Array) -> jax.Array:
+    """[batch, length] bool -> for every token the number of chosen ones in its segment. A row is one sum by segment."""
+    length = chosen.shape[1]
+    counts = jax.vmap(lambda c, s: jax.ops.segment_sum(c.astype(jnp.int32), s, num_segments=length + 1))(
+        chosen, segment_ids
+    )
+    return jnp.take_along_axis(counts, segment_ids, axis=1)
+
+
 def cross_entropy(logits: jax.Array, targets: jax.Array) -> TokenLoss:
     """Of targets [tokens] under logits [tokens, vocab], in float32."""
     # A masked sum, not a gather: it stays local where the vocabulary is sharded.
@@ -146,7 +156,9 @@ def token_losses(model: ModelConfig, objective: Any, variables: dict, inputs: In
       variables: {"params": the model's, as `model.scan_layers` wants them} and, with adapters, "lora".
     """
     hidden, _ = Qwen3(model).apply(variables, inputs.tokens, inputs.positions, inputs.context)
-    return over_vocabulary(model, variables["params"], hidden, objective.per_token, inputs.targets)
+    return over_vocabulary(
+        model, variables["params"], hidden, functools.partial(objective.per_token, model), inputs.targets
+    )
 
 
 def sums_per_example(

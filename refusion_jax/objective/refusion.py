@@ -14,7 +14,16 @@ from flax import struct
 from refusion_jax.errors import UserError
 from refusion_jax.model.attention import Packed
 from refusion_jax.model.config import ModelConfig
-from refusion_jax.objective.common import Inputs, Layout, PackedBatch, Term, TokenLoss, cross_entropy, layout
+from refusion_jax.objective.common import (
+    Inputs,
+    Layout,
+    PackedBatch,
+    Term,
+    TokenLoss,
+    count_in_segment,
+    cross_entropy,
+    layout,
+)
 from refusion_jax.settings import choice, not_negative
 
 Q_MIN = 1e-3  # smallest masking probability
@@ -72,7 +81,7 @@ class Refusion:
             raise UserError(f"objective.slot_sizes is {self.slot_sizes}; give at least one slot size, each at least 1.")
         not_negative("objective", self, "ar_weight", "mdm_weight", "mdm_weight_cap")
 
-    def corrupt(self, key: jax.Array, batch: PackedBatch, model: ModelConfig, step: jax.Array | int) -> Inputs:
+    def corrupt(self, key: jax.Array, batch: PackedBatch, model: ModelConfig, step: jax.Array | float) -> Inputs:
         """Cuts responses into slots, masks some, permutes the clean ones and moves the masked ones behind them.
 
         Args:
@@ -113,7 +122,7 @@ class Refusion:
             terms={name: term.replace(weights=moved(term.weights)) for name, term in terms.items()},
         )
 
-    def per_token(self, logits: jax.Array, targets: jax.Array) -> TokenLoss:
+    def per_token(self, model: ModelConfig, logits: jax.Array, targets: jax.Array) -> TokenLoss:
         return cross_entropy(logits, targets)
 
     def terms(self, *, ar, mdm, q, response_length, segment_ids, examples) -> dict[str, Term]:
@@ -135,7 +144,7 @@ class Refusion:
             mdm_weights = jnp.where(mdm, level / response_length, 0.0)
         else:
             ar_weights, mdm_weights = (
-                jnp.where(chosen, 1.0 / jnp.maximum(_count_in_segment(chosen, segment_ids), 1), 0.0)
+                jnp.where(chosen, 1.0 / jnp.maximum(count_in_segment(chosen, segment_ids), 1), 0.0)
                 for chosen in (ar, mdm)
             )
             ar_count = count
@@ -195,15 +204,6 @@ def _buffer_order(where: Layout, draws: _Draws, masked: jax.Array, clean: jax.Ar
     index = jnp.broadcast_to(jnp.arange(padding.shape[1]), padding.shape)
     keys = (segment, group, jnp.where(clean, draws.order, 0.0), jnp.where(clean, draws.slot, 0))
     return jax.lax.sort((*keys, index), dimension=1, is_stable=True, num_keys=len(keys))[-1]
-
-
-def _count_in_segment(chosen: jax.Array, segment_ids: jax.Array) -> jax.Array:
-    """[batch, length] bool -> for every token the number of chosen ones in its segment. A row is one sum by segment."""
-    length = chosen.shape[1]
-    counts = jax.vmap(lambda c, s: jax.ops.segment_sum(c.astype(jnp.int32), s, num_segments=length + 1))(
-        chosen, segment_ids
-    )
-    return jnp.take_along_axis(counts, segment_ids, axis=1)
 
 
 def _rank_of_slot(draw: jax.Array, segment_ids: jax.Array, first: jax.Array) -> jax.Array:
