@@ -88,7 +88,7 @@ def on_tpu(small_chunks):
     config = dataclasses.replace(CONFIG, model=dataclasses.replace(MODEL, dtype="bfloat16"))
     mesh = make_mesh(1, 2, 2, devices=targets.topology_devices("v5e:2x2"))
     lowered, work = compile_step.train_program(config, mesh)
-    compiled, _ = compile_step.compile_program(lowered, "v5e:2x2", mesh)
+    compiled, _ = targets.compile_program(lowered, "v5e:2x2", mesh)
     return compiled, mesh, work
 
 
@@ -147,7 +147,7 @@ def collectives_of_a_gradient(mesh, *shape: int) -> list[collectives.Collective]
     gradient = jax.jit(
         lambda x, w: jax.grad(lambda w: jnp.sum(jnp.sin(x @ w)).astype(jnp.float32))(w), out_shardings=w.sharding
     )
-    compiled, _ = compile_step.compile_program(gradient.lower(x, w), "the test's mesh", mesh)
+    compiled, _ = targets.compile_program(gradient.lower(x, w), "the test's mesh", mesh)
     return collective_list(compiled.as_text(), mesh)
 
 
@@ -252,7 +252,7 @@ def test_the_estimate_names_the_largest_limit():
     ],
 )
 def test_out_of_memory_says_how_much_is_missing(message, words):
-    assert words in compile_step.out_of_memory(message, "v5e:2x2")
+    assert words in targets.out_of_memory(message, "v5e:2x2")
 
 
 def run_tool(monkeypatch, *arguments: str) -> None:
@@ -322,7 +322,7 @@ class TestTpuCompiler:
             lowered, _ = compile_step.decode_program(
                 dataclasses.replace(CONFIG, model=model), mesh, sampler, batch=batch, prompt_length=prompt_length
             )
-            compiled, _ = compile_step.compile_program(lowered, "v5e:2x2", mesh)
+            compiled, _ = targets.compile_program(lowered, "v5e:2x2", mesh)
             keys = batch * (prompt_length + 64) * 2 * 128 * 2 / 4  # bytes of a layer's keys on one device, at least
             memory = compiled.memory_analysis()
             assert memory.alias_size_in_bytes > 3 * 2 * keys  # updated in place
@@ -362,7 +362,7 @@ class TestTpuCompiler:
             UserError,
             match=r"needs at least [\d.]+ GiB on each device of v5e:2x2, which has 15.75 GiB: [\d.]+ GiB are missing",
         ):
-            compile_step.compile_program(lowered, "v5e:2x2", mesh)
+            targets.compile_program(lowered, "v5e:2x2", mesh)
 
     def test_an_unknown_topology_is_refused(self):
         with pytest.raises(UserError, match="There is no TPU topology 'v9:2x2'"):
@@ -378,7 +378,7 @@ def decoding_on_gpu(request):
     lowered, work = compile_step.decode_program(
         dataclasses.replace(CONFIG, model=model), mesh, sampler, batch=2, prompt_length=512
     )
-    compiled, _ = compile_step.compile_program(lowered, "h100:1", mesh)
+    compiled, _ = targets.compile_program(lowered, "h100:1", mesh)
     return hlo.Program(compiled.as_text()), compile_step.report(compiled, mesh, work)
 
 
@@ -411,7 +411,7 @@ class TestGpuCompiler:
             return jax.lax.while_loop(lambda x: jnp.sum(x) < 1, layers, x)
 
         lowered = jax.jit(forwards).lower(place(6, 1024, 1024), place(16, 1024))
-        compiled, _ = compile_step.compile_program(lowered, "h100:1", mesh)
+        compiled, _ = targets.compile_program(lowered, "h100:1", mesh)
         program = hlo.Program(compiled.as_text())
         matrix = 1024 * 1024 * 2
         work = program.work(program.outer_loop(), least=matrix)
@@ -437,6 +437,6 @@ class TestGpuCompiler:
         assert len(devices) == {"a100:1": 1, "h200:2": 2, "b200:2x4": 8}[name]
         mesh = make_mesh(1, -1, 1, devices=devices)
         x = jax.ShapeDtypeStruct((256, 256), jnp.bfloat16, sharding=jax.NamedSharding(mesh, jax.P("fsdp")))
-        compiled, _ = compile_step.compile_program(jax.jit(lambda x: jnp.tanh(x @ x)).lower(x), name, mesh)
+        compiled, _ = targets.compile_program(jax.jit(lambda x: jnp.tanh(x @ x)).lower(x), name, mesh)
         assert hlo.Program(compiled.as_text()).work().kernels > 0
         assert CHIPS[devices[0].device_kind].gpu

@@ -20,7 +20,6 @@ import math
 import pathlib
 import re
 import sys
-import time
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
 
@@ -29,9 +28,9 @@ import jax.numpy as jnp
 import roofline
 from collectives import Collective, collective_list
 from flax import linen as nn
-from hlo import Program
+from hlo import Instruction, Program
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
-from targets import topology_devices
+from targets import compile_program, topology_devices
 
 from refusion_jax import step as steps_lib
 from refusion_jax.config import Config, add_config_arguments, parse_config
@@ -124,21 +123,21 @@ def decode_program(
     state = decode_state(sampler, mesh, batch, programs.cache_bucket(filled + sampler.window))
     scalar = jax.ShapeDtypeStruct((), jnp.int32, sharding=sharding.replicated(mesh))
     lowered = programs.programs(sampler, mesh).run.lower(weights, state, scalar, scalar)
-    tokens, tensor = batch * sampler.window, mesh.shape["tensor"]
+    tokens = batch * sampler.window
     attention = 4 * model.num_layers * model.num_heads * model.head_dim * tokens * filled
     needed = 2 * flops.matmul_params(model) * tokens + attention
-    keys = jax.tree.leaves(state.cache.k)[0]
-    layer = math.prod(keys.sharding.shard_shape(keys.shape)[-4:]) * keys.dtype.itemsize
-    work = Work(
-        tokens,
-        needed,
-        needed / mesh.size,
-        roofline.decode_bytes(model, batch / shards, filled, tensor),
-        model.num_layers,
-        None,
-        min(layer, smallest_matrix(model, tensor)),
-    )
-    return lowered, work
+    # Every matrix is read once, and what is filled of the cache; of an embedding that is no head, a few rows.
+    read = device_bytes(weights) - (0 if model.tie_embeddings else device_bytes(weights["embed"]))
+    keys = jax.tree.leaves(state.cache.k)
+    read += 2 * device_bytes(keys) * filled / state.cache.cache_length
+    layer = device_bytes(keys) // model.num_layers
+    matrix = smallest_matrix(model, mesh.shape["tensor"]) // (2 if model.quantise else 1)
+    return lowered, Work(tokens, needed, needed / mesh.size, read, model.num_layers, None, min(layer, matrix))
+
+
+def device_bytes(tree) -> int:
+    """Bytes of abstract arrays that one device holds."""
+    return sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(tree))
 
 
 def decode_weights(model: ModelConfig, mesh: Mesh) -> dict:
@@ -166,42 +165,6 @@ def decode_state(sampler, mesh: Mesh, batch: int, cache_length: int):
     k, v = jax.tree.map(entries, (state.cache.k, state.cache.v))
     cache = state.cache.replace(k=k, v=v, length=place(state.cache.length, rows))
     return state.replace(cache=cache, rows=jax.tree.map(lambda x: place(x, rows), state.rows))
-
-
-def compile_program(lowered: jax.stages.Lowered, where: str, mesh: Mesh) -> tuple[jax.stages.Compiled, float]:
-    """The compiled program and the seconds that took.
-
-    Raises:
-      UserError: it does not fit the device's memory; the message says by how much.
-    """
-    kind = mesh.devices.flat[0].device_kind
-    # Choosing among kernels by their times needs the device.
-    absent = flops.CHIPS.get(kind) and flops.CHIPS[kind].gpu and jax.default_backend() != "gpu"
-    options = {"xla_gpu_autotune_level": "0"} if absent else None
-    start = time.perf_counter()
-    try:
-        compiled = lowered.compile(options)
-    except jax.errors.JaxRuntimeError as error:
-        if "RESOURCE_EXHAUSTED" not in str(error):
-            raise
-        raise UserError(out_of_memory(str(error), where)) from error
-    return compiled, time.perf_counter() - start
-
-
-def out_of_memory(message: str, where: str) -> str:
-    """One paragraph from the compiler's, with the bytes that are missing."""
-    sizes = re.search(r"\(?([\d.]+)G\)? (?:exceeds available HBM \(|of )([\d.]+)G", message)
-    fixes = (
-        "Shard the parameters over more devices (config.mesh), raise config.accumulation, use config.model.remat = "
-        "'full', or take a larger topology."
-    )
-    if not sizes:
-        return f"The program does not fit the memory of a device of {where}: {message.splitlines()[0]} {fixes}"
-    need, have = map(float, sizes.groups())
-    return (
-        f"The program needs at least {need:.2f} GiB on each device of {where}, which has {have:.2f} GiB: "
-        f"{need - have:.2f} GiB are missing. {fixes}"
-    )
 
 
 def shardings(config: ModelConfig) -> str:
@@ -259,7 +222,7 @@ def launched(program: Program, work: Work) -> dict:
     """What one forward pass of decoding, or one microbatch of training, launches, moves and copies on a device."""
     computation = program.outer_loop() if work.parts is None else "ENTRY"
     found, parts = program.work(computation, work.least), work.parts or 1
-    in_layers = sum(runs for _, kernel, runs in program.kernels(computation) if program.has_source(kernel, LAYER))
+    in_layers = sum(runs for _, kernel, runs in program.kernels(computation) if of_layer(program, kernel))
     return {
         "kernels": found.kernels / parts,
         "kernels_per_layer": in_layers / parts / work.layers,
@@ -269,6 +232,12 @@ def launched(program: Program, work: Work) -> dict:
         "moved_bytes": found.moved_bytes / parts,
         "moved_ratio": found.moved_bytes / work.bytes,
     }
+
+
+def of_layer(program: Program, kernel: Instruction) -> bool:
+    """Whether a kernel is part of a layer. Fusions without a name are: pieces that XLA splits products into."""
+    sources = program.sources(kernel)
+    return any(map(LAYER.search, sources)) or (not sources and kernel.opcode == "fusion")
 
 
 def summary(collectives: list[Collective]) -> list[dict]:
@@ -361,6 +330,7 @@ def main() -> None:
 
     if arguments.topology != "local":
         jax.config.update("jax_platforms", "cpu")
+        jax.config.update("jax_enable_compilation_cache", False)  # it cannot read back a program for an absent device
     devices = topology_devices(arguments.topology, arguments.slices)
     mesh = make_mesh(**dataclasses.asdict(config.mesh), devices=devices)
     where = arguments.topology if arguments.slices == 1 else f"{arguments.slices} slices of {arguments.topology}"

@@ -1,7 +1,8 @@
-"""Compiles the programs of the tables in tools/README.md and prints them: `python tools/compile_table.py`.
+"""Compiles the programs of the tables in the README and prints these: `python tools/compile_table.py [NAME ...]`.
 
-Figures are kept in tools/compiled/, one JSON a program; only what is missing there is compiled (minutes each;
---again NAME compiles anew). The commands that are run are printed: each line of the table can be made by itself.
+Figures are kept in tools/compiled/, one JSON a program; only what is missing there, or was made by an older form of
+compile_step.py, is compiled (minutes each; --again compiles anew). The commands that are run are printed: each line of
+the tables can be made by itself.
 """
 
 import argparse
@@ -13,7 +14,7 @@ import subprocess
 import sys
 
 FOLDER = pathlib.Path(__file__).resolve().parent / "compiled"
-# `data` inside a slice keeps fsdp's group smaller than the slice, for gradients to be reduce-scattered (README.md).
+# `data` inside a slice keeps the group of fsdp smaller than the slice, so that gradients can be reduce-scattered.
 TRAIN = {
     "8b-v5e-16x16": "--config configs/8b.py --topology v5e:16x16 --config.mesh.data=4",
     "8b-v5p-4x4x4": "--config configs/8b.py --topology v5p:4x4x4 --config.mesh.data=4 --config.model.remat=minimal",
@@ -23,6 +24,9 @@ TRAIN = {
     "--config.model.remat=minimal",
     "1p7b-v5e-4x4": "--config configs/1p7b.py --topology v5e:4x4 --config.accumulation=16 --config.model.remat=minimal",
     "32b-v5p-8x8x4": "--config configs/32b.py --topology v5p:8x8x4 --config.mesh.data=4 --config.model.remat=minimal",
+    "8b-h100-8": "--config configs/8b.py --topology h100:8 --config.accumulation=16",
+    "8b-h100-2x8": "--config configs/8b.py --topology h100:2x8 --config.mesh.data=2 --config.accumulation=8",
+    "1p7b-h100-1": "--config configs/1p7b.py --topology h100:1 --config.accumulation=128",
 }
 # Several copies of the weights where there is room for them and for the cache: with fewer shards less is sent.
 DECODE = {
@@ -36,13 +40,18 @@ DECODE = {
         ("v6e", 32, 4),
         ("v6e", 256, 4),
     )
+} | {
+    f"8b-{method}-h100-1-{batch}": "--config configs/8b.py --topology h100:1 "
+    f"--decode --batch {batch} --method {method}"
+    for method in ("plan_and_infill", "autoregressive")
+    for batch in (1, 32)
 }
 
 
 def compiled(name: str, arguments: str, again: bool) -> dict | None:
     """The figures of a program, compiled if need be; None where that failed (the reason is on stderr)."""
     path = FOLDER / f"{name}.json"
-    if again or not path.exists():
+    if again or not path.exists() or "kernels" not in json.loads(path.read_text()):
         FOLDER.mkdir(exist_ok=True)
         command = [sys.executable, "tools/compile_step.py", *shlex.split(arguments), "--json", str(path)]
         print("+ python", shlex.join(command[1:]), file=sys.stderr, flush=True)
@@ -51,56 +60,54 @@ def compiled(name: str, arguments: str, again: bool) -> dict | None:
     return json.loads(path.read_text())
 
 
-def cells(result: dict) -> list[str]:
-    """The columns that training and decoding share."""
+def row(result: dict) -> dict[str, str]:
+    """A program's line, by column."""
     gib = lambda size: f"{size / 2**30:.1f}"
-    mesh = " x ".join(str(size) for size in result["mesh"].values())
-    config = re.search(r"configs/(\w+)", result["program"]).group(1)
     sent = sum(row["bytes"] for row in result["collectives"] if not row["conditional"])
     seconds = result["seconds"]
     milliseconds = lambda name: f"{seconds[name] * 1e3:.{0 if seconds[name] > 0.01 else 1}f}"
-    return [
-        f"{config}, {result['topology']}",
-        result["settings"],
-        mesh,
-        gib(result["argument_bytes"]),
-        gib(result["temporary_bytes"]),
-        f"{gib(result['peak_bytes'])} of {gib(result['chip_bytes'])}",
-        f"{sent / 1e9:.1f}",
-        *map(milliseconds, ("compute", "memory", "interconnect")),
-        seconds["limit"],
-    ]
+    config = re.search(r"configs/(\w+)", result["program"]).group(1)
+    return {
+        "program": f"{config}, {result['topology']}",
+        "settings": result["settings"],
+        "data x fsdp x tensor": " x ".join(str(size) for size in result["mesh"].values()),
+        "arguments, GiB": gib(result["argument_bytes"]),
+        "temporaries, GiB": gib(result["temporary_bytes"]),
+        "peak, GiB": f"{gib(result['peak_bytes'])} of {gib(result['chip_bytes'])}",
+        "sent, GB": f"{sent / 1e9:.1f}",
+        "kernels (per layer)": f"{result['kernels']:.0f} ({result['kernels_per_layer']:.1f})",
+        "moved, GB (of formula)": f"{result['moved_bytes'] / 1e9:.1f} ({result['moved_ratio']:.2f})",
+        "copied, GB": f"{result['copied_bytes'] / 1e9:.2f}",
+        "open loops": f"{result['dynamic_loops']:g}",
+        "compute, ms": milliseconds("compute"),
+        "memory, ms": milliseconds("memory"),
+        "interconnect, ms": milliseconds("interconnect"),
+        "limit": seconds["limit"],
+        "MFU at most": f"{result['mfu_bound']:.2f}",
+        "compiled in, s": f"{result['compile_seconds']:.0f}",
+    }
 
 
-def table(results: list[dict], title: str) -> str:
+def table(results: list[dict]) -> str:
     """Markdown."""
-    head = [
-        title,
-        "settings",
-        "data x fsdp x tensor",
-        "arguments, GiB",
-        "temporaries, GiB",
-        "peak, GiB",
-        "sent, GB",
-        "compute, ms",
-        "memory, ms",
-        "interconnect, ms",
-        "limit",
-        "MFU at most",
-    ]
-    rows = [[*cells(result), f"{result['mfu_bound']:.2f}"] for result in results]
-    return "\n".join("| " + " | ".join(row) + " |" for row in [head, ["---"] * len(head), *rows])
+    rows = [row(result) for result in results]
+    lines = [list(rows[0]), ["---"] * len(rows[0]), *(list(cells.values()) for cells in rows)]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
-        "--again", action="append", default=[], metavar="NAME", choices=[*TRAIN, *DECODE], help="compile that one anew"
-    )
+    parser.add_argument("names", nargs="*", metavar="NAME", help=f"of {', '.join([*TRAIN, *DECODE])}")
+    parser.add_argument("--again", action="store_true", help="compile anew")
     arguments = parser.parse_args()
-    for title, programs in (("training step", TRAIN), ("decoding, one forward", DECODE)):
-        results = [compiled(name, line, name in arguments.again) for name, line in programs.items()]
-        print(table([result for result in results if result], title), end="\n\n")
+    unknown = set(arguments.names) - {*TRAIN, *DECODE}
+    if unknown:
+        parser.error(f"no such program: {', '.join(sorted(unknown))}")
+    for title, programs in (("Training step; per microbatch", TRAIN), ("Decoding; per forward pass", DECODE)):
+        names = [name for name in programs if name in (arguments.names or programs)]
+        results = [compiled(name, programs[name], arguments.again) for name in names]
+        if any(results):
+            print(f"{title}:\n\n{table([result for result in results if result])}", end="\n\n")
 
 
 if __name__ == "__main__":

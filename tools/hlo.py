@@ -80,7 +80,7 @@ class Work:
     Attributes:
       kernels: that are launched, collectives included.
       moved_bytes: that they read and write in main memory.
-      copied_bytes: of the program's arguments, or slices of them, that are written again as they are.
+      copied_bytes: of the program's arguments, or slices of them, that are written again, at most in another type.
       dynamic_loops: loops whose number of rounds the compiler does not know, and
       conditionals: branches on a value. On a GPU the host waits for the device at each of both.
     """
@@ -290,7 +290,7 @@ class Program:
     # ------------------------------------------------------------------ what is copied
 
     def copied(self, computation: str, kernel: Instruction, least: int) -> int:
-        """Bytes that a kernel writes of an argument of the program, as they are: all of it, or a slice."""
+        """Bytes that a kernel writes of an argument of the program and does not compute: all of it, or a slice."""
         lines = self.computations[computation]
         if kernel.opcode in ("copy", "copy-start", "transpose", "slice", "dynamic-slice"):
             size = lines[kernel.operands[0]].bytes if kernel.opcode == "copy-start" else kernel.bytes
@@ -349,12 +349,12 @@ class Program:
             return tuple(flags) if root.opcode == "tuple" else flags[0]
         return False
 
-    def has_source(self, kernel: Instruction, pattern: re.Pattern) -> bool:
-        """Whether a kernel, or something fused into it where it has no name itself, comes from such a place."""
-        parts = (
-            [kernel] if "op_name=" in kernel.text or kernel.opcode != "fusion" else self.instructions(kernel.called[0])
-        )
-        return any(pattern.search(name) for part in parts for name in re.findall(r'op_name="([^"]*)"', part.text))
+    def sources(self, kernel: Instruction) -> list[str]:
+        """Where in the traced program a kernel comes from; if it has no name itself, what is fused into it."""
+        names = re.findall(r'op_name="([^"]*)"', kernel.text)
+        if names or kernel.opcode != "fusion":
+            return names
+        return [name for i in self.instructions(kernel.called[0]) for name in re.findall(r'op_name="([^"]*)"', i.text)]
 
     def outer_loop(self) -> str | None:
         """The body of the program's own loop: of those in the entry of unknown trip count, the one that moves most."""

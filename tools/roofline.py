@@ -32,17 +32,6 @@ def train_bytes(config: ModelConfig, tokens: float, microbatches: int, shards: i
     return optimizer + microbatches * weights + tokens * (2 * passes * c.num_layers * layer + logits)
 
 
-def decode_bytes(config: ModelConfig, rows: float, entries: int, tensor: int, itemsize: int = 2) -> float:
-    """Bytes that one device's memory moves in a forward pass of decoding.
-
-    Every weight is read once, one byte if it is int8, and so many entries of each row's cache.
-    """
-    cache = 2 * config.num_layers * config.num_kv_heads * config.head_dim * entries * rows
-    lookup = 0 if config.tie_embeddings else config.vocab_size * config.hidden_size
-    weights = (1 if config.quantise else itemsize) * (config.num_params() - lookup)
-    return (weights + itemsize * cache) / tensor
-
-
 def axis_bandwidth(mesh: Mesh, axes: tuple[str, ...], chip: Chip) -> float:
     """Bytes per second that a device sends in a collective over mesh axes, inside a slice where there are several.
 

@@ -1,11 +1,13 @@
-"""Devices to compile for on a machine that has none of them: TPU and GPU topologies by name."""
+"""Compiling for devices that a machine need not have: TPU and GPU topologies by name."""
 
 import importlib.util
 import os
 import re
+import time
 
 import jax
 from jax.experimental import topologies
+from jax.sharding import Mesh
 
 from refusion_jax.errors import UserError
 from refusion_jax.metrics.flops import CHIPS, Chip
@@ -101,4 +103,40 @@ def gpu_target(kind: str, chip: Chip) -> str:
         optin=gpu.shared_memory - 1024,
         major=gpu.capability[0],
         minor=gpu.capability[1],
+    )
+
+
+def compile_program(lowered: jax.stages.Lowered, where: str, mesh: Mesh) -> tuple[jax.stages.Compiled, float]:
+    """The compiled program and the seconds that took.
+
+    Raises:
+      UserError: it does not fit the device's memory; the message says by how much.
+    """
+    kind = mesh.devices.flat[0].device_kind
+    # Choosing among kernels by their times needs the device.
+    absent = CHIPS.get(kind) and CHIPS[kind].gpu and jax.default_backend() != "gpu"
+    options = {"xla_gpu_autotune_level": "0"} if absent else None
+    start = time.perf_counter()
+    try:
+        compiled = lowered.compile(options)
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        raise UserError(out_of_memory(str(error), where)) from error
+    return compiled, time.perf_counter() - start
+
+
+def out_of_memory(message: str, where: str) -> str:
+    """One paragraph from the compiler's, with the bytes that are missing."""
+    sizes = re.search(r"\(?([\d.]+)G\)? (?:exceeds available HBM \(|of )([\d.]+)G", message)
+    fixes = (
+        "Shard the parameters over more devices (config.mesh), raise config.accumulation, use config.model.remat = "
+        "'full', or take a larger topology."
+    )
+    if not sizes:
+        return f"The program does not fit the memory of a device of {where}: {message.splitlines()[0]} {fixes}"
+    need, have = map(float, sizes.groups())
+    return (
+        f"The program needs at least {need:.2f} GiB on each device of {where}, which has {have:.2f} GiB: "
+        f"{need - have:.2f} GiB are missing. {fixes}"
     )
