@@ -130,7 +130,7 @@ def test_pairs_of_blocks_that_nobody_needs_are_skipped(monkeypatch, see):
 
 @pytest.mark.parametrize("length", [16, 60])
 def test_two_streams_equal_their_rule(monkeypatch, length):
-    """Noisy tokens see noisy ones of their block, clean ones of earlier blocks; clean tokens clean ones up to theirs."""
+    """Noisy tokens see noisy ones of their block, clean ones of earlier blocks; clean tokens clean ones up to it."""
     monkeypatch.setattr(blockwise, "BLOCK", 32)
     (q, k, v), segments, _ = packed(2, 2 * length, 4, 2, 8)
     segments = np.where(np.arange(length) < length // 3, 1, np.where(np.arange(length) < length - 3, 2, 0))

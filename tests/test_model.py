@@ -14,6 +14,7 @@ from forward import forward, forward_window, logits
 
 from refusion_jax.checkpoint import load
 from refusion_jax.errors import UserError
+from refusion_jax.model import layers
 from refusion_jax.model.cache import KVCache
 from refusion_jax.model.config import ModelConfig, from_huggingface, qwen3, to_huggingface
 from refusion_jax.model.head import output_table
@@ -244,7 +245,66 @@ def test_logits_of_padding_rows_are_never_chosen(params):
     np.testing.assert_allclose(jax.nn.softmax(scores)[:, :43].sum(axis=-1), 1, rtol=1e-6)
 
 
+def test_rotary_embeddings_at_32000_positions_equal_float64():
+    """Angles reach 32767 radians: bfloat16, or positions as float16, would turn them anywhere."""
+    positions = jnp.array([[0, 1, 4095, 16384, 32767]])
+    cos, sin = layers.rotary_angles(positions, head_dim=128, theta=1e6)
+    angle = np.asarray(positions, np.float64)[..., None, None] * 1e6 ** (-np.arange(0, 128, 2) / 128)
+    for ours, exact in ((cos, np.cos(angle)), (sin, np.sin(angle))):
+        assert ours.dtype == jnp.float32
+        np.testing.assert_allclose(ours, exact, atol=4e-3)  # float32 holds 32767 radians to 2e-3
+    x = jnp.asarray(np.random.default_rng(0).normal(size=(1, 5, 2, 128)), jnp.float32)
+    first, second = np.split(np.asarray(x, np.float64), 2, axis=-1)
+    expected = np.concatenate(
+        [first * np.cos(angle) - second * np.sin(angle), second * np.cos(angle) + first * np.sin(angle)], axis=-1
+    )
+    np.testing.assert_allclose(layers.rotate(x, (cos, sin)), expected, atol=0.02)
+
+
 # --- Parameters and sizes.
+
+CHANGES_TREE = {
+    "vocab_size": 52,
+    "hidden_size": 16,
+    "intermediate_size": 48,
+    "num_layers": 3,
+    "num_heads": 8,
+    "num_kv_heads": 4,
+    "head_dim": 16,
+    "tie_embeddings": False,
+    "quantise": "int8",
+}
+CHANGES_LOGITS = {"logical_vocab_size": 49, "rope_theta": 1e4, "rms_norm_eps": 1e-2, "dtype": "bfloat16"}
+CHANGES_NEITHER = {
+    "max_position_embeddings": 64,
+    "mask_token_id": 1,
+    "begin_token_id": 2,
+    "eos_token_id": 3,
+    "pad_token_id": 4,
+    "attention": "xla",
+    "remat": "full",
+    "scan_layers": False,
+}
+
+
+def test_every_field_of_a_model_has_an_effect_or_none_on_purpose(params):
+    fields = {field.name for field in dataclasses.fields(ModelConfig)}
+    assert fields == {*CHANGES_TREE, *CHANGES_LOGITS, *CHANGES_NEITHER}
+
+    def shapes(config):
+        return jax.tree.map(lambda x: x.shape, nn.unbox(sharding.abstract_params(config)))
+
+    for name, value in CHANGES_TREE.items():
+        assert shapes(dataclasses.replace(TINY, **{name: value})) != shapes(TINY), name
+    tokens, positions = random_tokens(1, 12), ascending(1, 12)
+    logits_of = lambda config, params: np.asarray(logits(config, params, forward(config, params, tokens, positions)))
+    plain = logits_of(TINY, params)
+    for name, value in CHANGES_LOGITS.items():
+        changed = logits_of(dataclasses.replace(TINY, **{name: value}), params)
+        assert np.abs(np.nan_to_num(changed - plain)).max() > 1e-4, name
+    unchanged = dataclasses.replace(TINY, **CHANGES_NEITHER)
+    assert shapes(unchanged) == shapes(TINY)
+    np.testing.assert_allclose(logits_of(unchanged, unstacked(params)), plain, atol=1e-5)
 
 
 def test_parameter_names_and_shapes_are_the_checkpoint_format():

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from flax import linen as nn
 
 from refusion_jax import keys
 from refusion_jax import step as steps_lib
@@ -17,6 +18,7 @@ from refusion_jax.config import Config, DataConfig, OptimizerConfig
 from refusion_jax.errors import UserError
 from refusion_jax.model import head
 from refusion_jax.model.config import ModelConfig
+from refusion_jax.model.qwen3 import init_params
 from refusion_jax.objective.autoregressive import Autoregressive
 from refusion_jax.objective.common import PackedBatch
 from refusion_jax.objective.refusion import Refusion
@@ -169,6 +171,33 @@ def test_evaluation_sums_give_the_loss_of_the_whole_batch():
     assert 0 < whole["mdm"]["tokens"] and 0 <= whole["mdm"]["correct"] <= whole["mdm"]["tokens"]
 
 
+def test_microbatches_share_what_is_the_same_for_all_rows():
+    """Rows are dealt out with all that belongs to them; scalars and arrays with a first axis of 1 go to each whole."""
+    inputs = CONFIG.objective.corrupt(jax.random.key(0), uneven_batch(), MODEL, 0)
+    extra = jax.random.bernoulli(jax.random.key(1), shape=(1, LENGTH, LENGTH))
+    inputs = inputs.replace(context=inputs.context.replace(extra=extra))
+    micros = jax.tree.map(lambda x: steps_lib._microbatches(x, 4), inputs)
+    assert sorted(map(tuple, micros.tokens.reshape(ROWS, LENGTH).tolist())) == sorted(
+        map(tuple, inputs.tokens.tolist())
+    )
+    for i in range(4):
+        micro = jax.tree.map(lambda x: x[i], micros)
+        rows = [np.flatnonzero((inputs.tokens == tokens).all(axis=1))[0] for tokens in micro.tokens]
+        chex.assert_trees_all_equal(micro.context.segment_ids, inputs.context.segment_ids[np.array(rows)])
+        chex.assert_trees_all_equal(micro.context.extra, extra)
+        assert micro.terms["ar"].denominator == inputs.terms["ar"].denominator
+
+
+def test_no_two_purposes_share_a_random_key():
+    """The root of a purpose is no other's, nor that of a training example (which is folded into its root)."""
+    seeds, domains = range(4), ("init", "lora", "corruption", "evaluation")
+    roots = [keys.domain_key(seed, domain) for seed in seeds for domain in domains]
+    examples = [jax.random.fold_in(keys.domain_key(seed, "corruption"), i) for seed in seeds for i in range(4)]
+    plain = [jax.random.fold_in(jax.random.key(seed), i) for seed in seeds for i in range(4)]
+    words = {tuple(jax.random.key_data(key).tolist()) for key in (*roots, *examples, *plain)}
+    assert len(words) == len(roots) + len(examples) + len(plain)
+
+
 # --- The program.
 
 
@@ -239,20 +268,55 @@ def optimizer_step(config, params, grads):
     return optax.apply_updates(params, updates)
 
 
-def test_weight_decay_spares_the_norms():
-    params = {
-        "embed": {"embedding": jnp.full(3, 2.0)},
-        "layers": {
-            "attention": {"query": jnp.full(3, 2.0), "query_norm": jnp.full(3, 2.0)},
-            "mlp_norm": {"scale": jnp.full(3, 2.0)},
-        },
+NORMS = {
+    "final_norm/scale",
+    "layers/attention/key_norm",
+    "layers/attention/query_norm",
+    "layers/attention_norm/scale",
+    "layers/mlp_norm/scale",
+}
+
+
+def named(params):
+    return {
+        jax.tree_util.keystr(p, simple=True, separator="/"): x for p, x in jax.tree_util.tree_leaves_with_path(params)
     }
+
+
+@pytest.fixture(scope="module")
+def untied_params():
+    model = dataclasses.replace(MODEL, tie_embeddings=False)
+    return jax.jit(lambda key: nn.unbox(init_params(model, key)))(jax.random.key(0))
+
+
+def test_weight_decay_spares_the_norms_and_nothing_else(untied_params):
     config = OptimizerConfig(lr=0.1, schedule="constant", weight_decay=0.5)
-    after = optimizer_step(config, params, jax.tree.map(jnp.zeros_like, params))
-    for decayed in (after["embed"]["embedding"], after["layers"]["attention"]["query"]):
-        np.testing.assert_allclose(decayed, 2.0 * (1 - 0.1 * 0.5), rtol=1e-6)
-    for kept in (after["layers"]["attention"]["query_norm"], after["layers"]["mlp_norm"]["scale"]):
-        np.testing.assert_array_equal(kept, 2.0)
+    before = named(untied_params)
+    after = named(optimizer_step(config, untied_params, jax.tree.map(jnp.zeros_like, untied_params)))
+    assert NORMS < before.keys() and len(before) == len(NORMS) + 9
+    chex.assert_trees_all_equal({n: after[n] for n in NORMS}, {n: before[n] for n in NORMS})
+    decayed = before.keys() - NORMS
+    chex.assert_trees_all_close(
+        {n: after[n] for n in decayed}, {n: before[n] * (1 - 0.1 * 0.5) for n in decayed}, rtol=1e-6
+    )
+
+
+def test_all_but_the_norms_are_computed_with_in_the_compute_dtype(untied_params):
+    found = named(steps_lib.compute_params(untied_params, "bfloat16"))
+    assert {name for name, x in found.items() if x.dtype == jnp.float32} == NORMS
+    assert {x.dtype.name for x in found.values()} == {"float32", "bfloat16"}
+
+
+def test_update_n_uses_the_schedule_of_n_minus_1():
+    """Adam's step under a gradient that stays the same is the learning rate: here 0, then a quarter more each time."""
+    config = OptimizerConfig(lr=2.0, warmup_steps=4, schedule="constant", clip_norm=1e9)
+    optimizer = steps_lib.make_optimizer(config, 100)
+    params, steps = {"w": jnp.zeros(())}, []
+    state = optimizer.init(params)
+    for _ in range(6):
+        updates, state = optimizer.update({"w": jnp.float32(3.0)}, state, params)
+        steps.append(-float(updates["w"]))
+    np.testing.assert_allclose(steps, [0.0, 0.5, 1.0, 1.5, 2.0, 2.0], rtol=1e-4)
 
 
 def test_gradients_are_clipped_by_their_global_norm():
