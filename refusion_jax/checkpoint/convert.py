@@ -231,12 +231,7 @@ def to_orbax(
             else:
                 piece = weights.read(path, (slice(start, stop), *[slice(None)] * (len(shape) - 1)))
             if target == np.int8:
-                piece, scale = int8.quantise(piece, table[path].inputs)
-                if not np.isfinite(scale).all():
-                    raise UserError(
-                        f"{path} in {folder} has values that are not finite, which int8 cannot hold. Download or "
-                        "export the weights again."
-                    )
+                piece, scale = int8.quantise(piece, table[path].inputs, f"{path} in {folder}")
                 scales[f"{path}_scale"][start:stop] = scale  # written after its matrix
             if stop == shape[0]:
                 progress.finished(path)
