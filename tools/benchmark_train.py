@@ -1,10 +1,11 @@
-"""Measures the training step on the local devices, over batch sizes, lengths, remat policies and attention implementations.
+"""Measures the training step on the local devices, over batch sizes, lengths, remat policies and kinds of attention.
 
     python tools/benchmark.py train --config configs/tiny.py --batch 8,16 --remat none,full
-    python tools/benchmark.py train --config configs/8b.py --config.model.num_layers=4 --synthetic --batch 8 --remat minimal,full --torch
+    python tools/benchmark.py train --config configs/8b.py --config.model.num_layers=4 --synthetic --batch 8 --torch
 
-Every line is the compiled step of refusion_jax.train fed by its input pipeline: from the config's data, or with --synthetic from
-random tokens in examples of about 330 tokens. Times are of whole steps, the devices never waiting for the host to read a result.
+Every line is the compiled step of refusion_jax.train fed by its input pipeline: from the config's data, or with
+--synthetic from random tokens in examples of about 330 tokens. Times are of whole steps, the devices never waiting for
+the host to read a result.
 """
 
 import argparse
@@ -267,8 +268,9 @@ def main() -> None:
             result["torch"] = torch_seconds(case)
         results.append(result)
         print(
-            f"batch {batch}, length {length}, {remat}, {attention}: step {result['step_seconds']:.4f} s, {result['tokens_per_second']:.0f} useful tokens/s; "
-            f"input pipeline alone {result['input']['examples_per_second']:.0f} examples/s, {result['input']['tokens_per_second']:.0f} tokens/s",
+            f"batch {batch}, length {length}, {remat}, {attention}: step {result['step_seconds']:.4f} s, "
+            f"{result['tokens_per_second']:.0f} useful tokens/s; input pipeline alone "
+            f"{result['input']['examples_per_second']:.0f} examples/s, {result['input']['tokens_per_second']:.0f} tokens/s",
             flush=True,
         )
         if arguments.torch:
