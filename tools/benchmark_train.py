@@ -269,8 +269,9 @@ def main() -> None:
         results.append(result)
         print(
             f"batch {batch}, length {length}, {remat}, {attention}: step {result['step_seconds']:.4f} s, "
-            f"{result['tokens_per_second']:.0f} useful tokens/s; input pipeline alone "
-            f"{result['input']['examples_per_second']:.0f} examples/s, {result['input']['tokens_per_second']:.0f} tokens/s",
+            f"{result['tokens_per_second']:.0f} useful tokens/s; "
+            f"input pipeline alone {result['input']['examples_per_second']:.0f} examples/s, "
+            f"{result['input']['tokens_per_second']:.0f} tokens/s",
             flush=True,
         )
         if arguments.torch:
