@@ -16,6 +16,7 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.11",
     packages=find_packages(include=["refusion_jax", "refusion_jax.*"]),
+    package_data={"refusion_jax": ["METHOD.md"]},  # what docstrings cite
     install_requires=[
         "jax>=0.10,<0.13",
         "flax>=0.12.8",
