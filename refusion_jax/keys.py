@@ -9,6 +9,7 @@ def domain_key(seed: int, domain: str) -> jax.Array:
     """The root of a run's random numbers for one purpose.
 
     Args:
-      domain: "init" (parameters), "lora" (adapters), "corruption" (of training examples), "evaluation" (of held-out ones).
+      domain: "init" (parameters), "lora" (adapters), "corruption" (of training examples) or "evaluation" (of held-out
+        ones).
     """
     return jax.random.fold_in(jax.random.key(seed), zlib.crc32(domain.encode()))

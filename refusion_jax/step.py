@@ -68,7 +68,10 @@ def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransfo
 
 def compute_params(params: dict, dtype: str) -> dict:
     """Matrices in the compute dtype, all at once and before any gather over fsdp; norm scales stay float32."""
-    cast = lambda path, p: p if "norm" in jax.tree_util.keystr(path) else p.astype(dtype)
+
+    def cast(path, leaf):
+        return leaf if "norm" in jax.tree_util.keystr(path) else leaf.astype(dtype)
+
     return jax.tree_util.tree_map_with_path(cast, params)
 
 
@@ -217,17 +220,21 @@ def build(config: Config, mesh: Mesh, steps: int) -> Program:
     base_shardings = sharding.param_shardings(config.model, mesh, sharding.TRAIN_RULES)
     if config.lora.rank:
         param_shardings = lora.shardings(config.model, config.lora, mesh)
-        new_params = lambda key: lora.init(key, config.model, config.lora)
         frozen_shardings = base_shardings
         base = jax.eval_shape(lambda key: nn.unbox(init_params(config.model, key)), jax.random.key(0))
         abstract_frozen = jax.tree.map(lambda p: jax.ShapeDtypeStruct(p.shape, config.lora.base_dtype), base)
     else:
         param_shardings = base_shardings
-        new_params = lambda key: nn.unbox(init_params(config.model, key))
         frozen_shardings = abstract_frozen = {}
 
-    start = lambda params: TrainState(jnp.int32(0), params, optimizer.init(params), {})
-    init = lambda key: start(new_params(key))
+    def start(params: dict) -> TrainState:
+        return TrainState(jnp.int32(0), params, optimizer.init(params), {})
+
+    def init(key: jax.Array) -> TrainState:
+        if config.lora.rank:
+            return start(lora.init(key, config.model, config.lora))
+        return start(nn.unbox(init_params(config.model, key)))
+
     abstract = jax.eval_shape(init, jax.random.key(0))
     replicated = sharding.replicated(mesh)
     opt_shardings = optax.tree_utils.tree_map_params(

@@ -1,4 +1,4 @@
-"""Slot corruption: what the model sees and has to predict, against a plain oracle, and the distribution of the draws."""
+"""Corruption: what the model sees and has to predict, against a plain oracle, and the distribution of the draws."""
 
 import dataclasses
 import functools
@@ -65,7 +65,7 @@ def copies(count, prompt, response, length=None):
 
 
 def oracle(prompt, response, k, order, masked):
-    """Buffer, targets (-1: none) and positions by method section 2, slot by slot: `order` of the clean slots, then `masked`."""
+    """Buffer, targets (-1: none) and positions by method section 2, slot by slot: clean ones by `order`, `masked` ones."""
     buffer, targets, positions = list(prompt), [-1] * len(prompt), list(range(len(prompt)))
     for slot in [*order, *masked]:
         tokens = list(response[slot * k : (slot + 1) * k])

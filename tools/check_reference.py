@@ -1,7 +1,7 @@
 """Compares this implementation with reference data: `python tools/check_reference.py DIR`.
 
-DIR holds `model/` (Hugging Face layout) and, beside it, any of `logits.npz`, `losses.npz`, `decode.jsonl`. Prints one line
-per kind and every mismatch with its size; exits with 1 if anything differs. --checkpoint takes the parameters from
+DIR holds `model/` (Hugging Face layout) and, beside it, any of `logits.npz`, `losses.npz`, `decode.jsonl`. Prints one
+line per kind and every mismatch with its size; exits with 1 if anything differs. --checkpoint takes the parameters from
 elsewhere, a converted checkpoint say, and --mesh restores them onto several devices.
 """
 

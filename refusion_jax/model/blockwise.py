@@ -9,6 +9,7 @@ import itertools
 from collections.abc import Callable
 from typing import Any
 
+import chex
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
@@ -54,6 +55,7 @@ def attention(q: jax.Array, k: jax.Array, v: jax.Array, context: Any, *, causal:
       [batch, length, heads, head_dim] in q's dtype, under the checkpoint name "attended".
     """
     batch, length = q.shape[:2]
+    chex.assert_shape((k, v), (batch, length, None, q.shape[3]))
     if length <= BLOCK:
         everywhere = jnp.arange(length)
         return checkpoint_name(masked_attention(q, k, v, context.visible(everywhere, everywhere)), "attended")

@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from typing import Any
 
+import chex
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
@@ -42,6 +43,8 @@ def over_vocabulary(
     Returns:
       `fn`'s tree of [batch, length, ...].
     """
+    chex.assert_shape(hidden, (None, None, config.hidden_size))
+    chex.assert_equal_shape_prefix((hidden, *per_token), 2)
     batch, length, _ = hidden.shape
     # Rows are split over devices: every chunk takes an equal part of each device's tokens.
     shards = tables.batch_shards(batch)

@@ -132,7 +132,9 @@ class Attention(nn.Module):
         query_norm = self.param("query_norm", ones, (h,), jnp.float32)
         key_norm = self.param("key_norm", ones, (h,), jnp.float32)
 
-        project = lambda name, w: projected(self, name, x, jnp.einsum("BTD,DNH->BTNH", x, w.astype(x.dtype)))
+        def project(name, w):
+            return projected(self, name, x, jnp.einsum("BTD,DNH->BTNH", x, w.astype(x.dtype)))
+
         q = rotate(rms_norm(project("query", query), query_norm, c.rms_norm_eps), angles)
         keys = rotate(rms_norm(project("key", key), key_norm, c.rms_norm_eps), angles)
         q = nn.with_logical_constraint(q, ("batch", "length", "heads", "head_dim"))
@@ -156,7 +158,10 @@ class SwiGLU(nn.Module):
         gate = weight(self, "gate", ("embed", "mlp"), (d, f), d)
         up = weight(self, "up", ("embed", "mlp"), (d, f), d)
         down = weight(self, "down", ("mlp", "embed"), (f, d), f)
-        project = lambda name, x, w: projected(self, name, x, x @ w.astype(x.dtype))
+
+        def project(name, x, w):
+            return projected(self, name, x, x @ w.astype(x.dtype))
+
         inner = nn.silu(project("gate", x, gate)) * project("up", x, up)
         inner = nn.with_logical_constraint(inner, ("batch", "length", "mlp"))
         return project("down", inner, down)

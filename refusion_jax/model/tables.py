@@ -1,7 +1,8 @@
 """Gradients of the tables [vocab, hidden], embedding and head.
 
 Tens of thousands of tokens add into one row, that of the mask token. A sum in bfloat16 stops growing when its parts are
-less than 1/256 of it, so each device sums its tokens in float32; that sum is rounded once and reduced once over the mesh.
+less than 1/256 of it, so each device sums its tokens in float32; that sum is rounded once and then reduced over the
+mesh.
 """
 
 import functools
