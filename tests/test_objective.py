@@ -65,7 +65,11 @@ def copies(count, prompt, response, length=None):
 
 
 def oracle(prompt, response, k, order, masked):
-    """Buffer, targets (-1: none) and positions by method section 2, slot by slot: clean ones by `order`, `masked` ones."""
+    """Method section 2, slot by slot: the clean ones in this order, then the masked ones.
+
+    Returns:
+      Buffer, targets (-1: none) and positions.
+    """
     buffer, targets, positions = list(prompt), [-1] * len(prompt), list(range(len(prompt)))
     for slot in [*order, *masked]:
         tokens = list(response[slot * k : (slot + 1) * k])

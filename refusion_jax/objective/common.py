@@ -113,8 +113,6 @@ def layout(batch: PackedBatch) -> Layout:
     chex.assert_equal_shape([batch.prompt_lengths, batch.lengths, batch.example_ids])
     chex.assert_equal_shape_prefix([batch.tokens, batch.lengths], 1)
     chex.assert_type([batch.tokens, batch.lengths, batch.example_ids], [jnp.int32, jnp.int32, jnp.uint32])
-    chex.assert_rank(batch.tokens, 2)
-    chex.assert_shape((batch.prompt_lengths, batch.lengths, batch.example_ids), (batch.tokens.shape[0], None))
     index = jnp.arange(batch.tokens.shape[1])
     ends = jnp.cumsum(batch.lengths, axis=1)
     example = jax.vmap(lambda e: jnp.searchsorted(e, index, side="right"))(ends)  # == examples: padding
