@@ -64,6 +64,27 @@ def random_prompts(model: ModelConfig, count: int, length: int) -> list[list[int
     return np.random.default_rng(0).choice(ordinary, (count, length)).tolist()
 
 
+def random_decoder(model: ModelConfig, arguments: argparse.Namespace) -> Decoder:
+    """Random weights, and ids 0 and 1 for an end and a mask that the model has not."""
+    model = dataclasses.replace(
+        model,
+        dtype=arguments.dtype or model.dtype,
+        eos_token_id=0 if model.eos_token_id is None else model.eos_token_id,
+        mask_token_id=1 if model.mask_token_id is None else model.mask_token_id,
+    )
+    mesh = parse_mesh(arguments.mesh)
+    return Decoder(random_params(model, mesh), model, tokenizer=None, mesh=mesh)
+
+
+def prompts_of(arguments: argparse.Namespace, decoder: Decoder, count: int) -> list[list[int]]:
+    """Held-out prompts of the run; random ones where there are none, or where their length is given."""
+    if arguments.config or arguments.prompt_length:
+        return random_prompts(decoder.model, count, arguments.prompt_length or 128)
+    source = held_out(arguments.checkpoint, arguments.step)[0]
+    queries = [source[i][0] for i in itertools.islice(source.part(), count)]
+    return decoder.tokenizer.encode_prompts((queries * count)[:count])
+
+
 def bandwidth() -> float:
     """Bytes per second that one device reads and writes in a large copy."""
     size = 1 << (26 if jax.default_backend() == "cpu" else 30)
@@ -275,25 +296,11 @@ def main(argv: Sequence[str] | None = None) -> None:
             "decoded whole."
         )
 
-    if arguments.config:
-        model = load_config(arguments.config).model
-        model = dataclasses.replace(
-            model,
-            dtype=arguments.dtype or model.dtype,
-            eos_token_id=0 if model.eos_token_id is None else model.eos_token_id,
-        )
-        model = dataclasses.replace(model, mask_token_id=1 if model.mask_token_id is None else model.mask_token_id)
-        mesh = parse_mesh(arguments.mesh)
-        decoder = Decoder(random_params(model, mesh), model, tokenizer=None, mesh=mesh)
-    else:
-        decoder = decoder_of(arguments)
+    decoder = (
+        random_decoder(load_config(arguments.config).model, arguments) if arguments.config else decoder_of(arguments)
+    )
     model = decoder.model
-    if arguments.config or arguments.prompt_length:
-        prompts = random_prompts(model, count, arguments.prompt_length or 128)
-    else:
-        source = held_out(arguments.checkpoint, arguments.step)[0]
-        queries = [source[i][0] for i in itertools.islice(source.part(), count)]
-        prompts = decoder.tokenizer.encode_prompts((queries * count)[:count])
+    prompts = prompts_of(arguments, decoder, count)
 
     device, rate = jax.devices()[0], bandwidth()
     print(
