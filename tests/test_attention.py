@@ -362,21 +362,27 @@ def test_minimal_remat_does_not_run_the_kernel_again(small_params):
 def test_auto_follows_the_device_and_the_shapes_and_says_so_once(capsys):
     flash.choose.cache_clear()
     cases = {
-        ("tpu", 4096, 128, "bfloat16"): "splash",
-        ("tpu", 4000, 128, "bfloat16"): "xla",
-        ("tpu", 4096, 64, "float32"): "xla",
-        ("gpu", 4096, 128, "bfloat16"): "cudnn",
-        ("cuda", 4096, 128, "bfloat16"): "cudnn",
-        ("gpu", 4096, 128, "float32"): "xla",
-        ("gpu", 512, 128, "bfloat16"): "xla",
-        ("cpu", 4096, 128, "bfloat16"): "xla",
+        ("tpu", "TPU v5p", 4096, 128, "bfloat16"): "splash",
+        ("tpu", "TPU v5p", 4000, 128, "bfloat16"): "xla",
+        ("tpu", "TPU v5p", 4096, 64, "float32"): "xla",
+        ("gpu", "NVIDIA H100 80GB HBM3", 4096, 128, "bfloat16"): "cudnn",
+        ("cuda", "NVIDIA A100-SXM4-80GB", 4096, 128, "bfloat16"): "cudnn",
+        ("gpu", "NVIDIA H100 80GB HBM3", 4097, 128, "bfloat16"): "xla",
+        ("gpu", "NVIDIA H100 80GB HBM3", 4096, 128, "float32"): "xla",
+        ("gpu", "NVIDIA H100 80GB HBM3", 512, 128, "bfloat16"): "xla",
+        ("gpu", "Tesla V100-SXM2-16GB", 4096, 128, "bfloat16"): "xla",
+        ("rocm", "AMD Instinct MI300X", 4096, 128, "bfloat16"): "xla",
+        ("gpu", "AMD Instinct MI300X", 4096, 128, "bfloat16"): "xla",
+        ("cpu", "cpu", 4096, 128, "bfloat16"): "xla",
     }
-    for (platform, length, dim, dtype), expected in cases.items():
+    for (platform, kind, length, dim, dtype), expected in cases.items():
         for _ in range(2):
-            assert flash.choose("auto", platform, "some chip", length, dim, dtype) == expected
+            assert flash.choose("auto", platform, kind, length, dim, dtype) == expected
+        decoding = "cudnn" if kind.startswith("NVIDIA") and dtype == "bfloat16" else "xla"
+        assert flash.choose_decoding("auto", platform, kind, dim, dtype) == decoding
     said = capsys.readouterr().out.splitlines()
     assert len(said) == len(cases)
-    assert said[0] == "attention: splash (auto; some chip, length 4096, head_dim 128, bfloat16)"
+    assert said[0] == "attention: splash (auto; TPU v5p, length 4096, head_dim 128, bfloat16)"
 
 
 @pytest.mark.parametrize(
@@ -385,9 +391,10 @@ def test_auto_follows_the_device_and_the_shapes_and_says_so_once(capsys):
         ("splash", "tpu", 1000, "bfloat16", "multiples of 128"),
         ("splash", "gpu", 1024, "bfloat16", "needs a TPU"),
         ("cudnn", "tpu", 1024, "bfloat16", "needs an NVIDIA GPU"),
-        ("cudnn", "gpu", 1024, "float32", "needs bfloat16"),
+        ("cudnn", "gpu", 1024, "float32", "needs an NVIDIA GPU, bfloat16"),
+        ("cudnn", "gpu", 1025, "bfloat16", "an even length"),
     ],
 )
 def test_a_kernel_that_cannot_run_is_refused(name, platform, length, dtype, words):
     with pytest.raises(UserError, match=words):
-        flash.choose(name, platform, "some chip", length, 128, dtype)
+        flash.choose(name, platform, "NVIDIA H100 80GB HBM3", length, 128, dtype)

@@ -67,15 +67,15 @@ class Cached:
         # Written first and read from what was written: XLA then updates the cache in place.
         cache = self.cache.write(self.layer, self.entries, k, v)
         after = self.replace(cache=cache, layer=self.layer + 1)
-        platform, _ = flash.platform()
-        if flash.choose_decoding(self.implementation, platform, q.shape[3], q.dtype.name) == "cudnn":
+        name = flash.choose_decoding(self.implementation, *flash.platform(), q.shape[3], q.dtype.name)
+        if name == "cudnn":
             keys, values = cache.read(self.layer, 0, cache.cache_length)
             return flash.cudnn_cached(q, keys, values, self.seen), after
         size = 4 * q.shape[0] * q.shape[1] * q.shape[2] * cache.cache_length // devices_over("batch", "heads")
         parts = -(-size // SCORE_BYTES)
-        return (
-            in_parts(q, cache, self.layer, self.seen, parts) if parts > 1 else whole(q, cache, self.layer, self.seen)
-        ), after
+        if parts == 1:
+            return whole(q, cache, self.layer, self.seen), after
+        return in_parts(q, cache, self.layer, self.seen, parts), after
 
 
 def grouped(q: jax.Array, kv_heads: int) -> jax.Array:

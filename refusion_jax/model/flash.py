@@ -39,42 +39,41 @@ def choose(implementation: str, platform: str, kind: str, length: int, head_dim:
     Raises:
       UserError: an implementation was named that cannot run with this device or these shapes.
     """
-    splash = (
-        None
-        if length % LANES == 0 and head_dim % LANES == 0
-        else f"length {length} and head_dim {head_dim} to be multiples of {LANES}"
-    )
-    cudnn = (
-        None
-        if dtype in ("bfloat16", "float16") and head_dim % 8 == 0 and head_dim <= 128
-        else "bfloat16 and a head_dim that is a multiple of 8, at most 128"
-    )
-    if platform in ("cuda", "rocm"):
-        platform = "gpu"
-    if implementation == "auto":
-        # cuDNN loses to XLA's fused kernels on short rows.
-        chosen = (
-            "splash"
-            if platform == "tpu" and not splash
-            else "cudnn"
-            if platform == "gpu" and not cudnn and length >= 1024
-            else "xla"
-        )
-        if jax.process_index() == 0:
-            print(f"attention: {chosen} (auto; {kind}, length {length}, head_dim {head_dim}, {dtype})", flush=True)
-        return chosen
-    # On a CPU splash runs interpreted, for tests.
-    needs = {
-        "xla": None,
-        "splash": splash if platform in ("tpu", "cpu") else "a TPU",
-        "cudnn": cudnn if platform == "gpu" else "an NVIDIA GPU",
+    aligned = length % LANES == 0 and head_dim % LANES == 0
+    able = {  # what each needs: whether it is there, and its name
+        "xla": (True, ""),
+        # On a CPU splash runs interpreted, for tests.
+        "splash": (
+            platform in ("tpu", "cpu") and aligned,
+            f"a TPU, length {length} and head_dim {head_dim} to be multiples of {LANES}",
+        ),
+        "cudnn": (
+            runs_cudnn(platform, kind, head_dim, dtype) and length % 2 == 0,
+            "an NVIDIA GPU, bfloat16, an even length and a head_dim that is a multiple of 8, at most 128",
+        ),
     }
-    if needs[implementation]:
-        raise UserError(
-            f"model.attention = {implementation!r} needs {needs[implementation]} (this is {kind}, {dtype}). Use "
-            "model.attention = 'auto' or 'xla'."
-        )
-    return implementation
+    if implementation != "auto":
+        there, needed = able[implementation]
+        if not there:
+            raise UserError(
+                f"model.attention = {implementation!r} needs {needed} (this is {kind}, length {length}, head_dim "
+                f"{head_dim}, {dtype}). Use model.attention = 'auto' or 'xla'."
+            )
+        return implementation
+    chosen = "xla"
+    if platform == "tpu" and able["splash"][0]:
+        chosen = "splash"
+    elif able["cudnn"][0] and length >= 1024:  # it loses to XLA's fused kernels on short rows
+        chosen = "cudnn"
+    if jax.process_index() == 0:
+        print(f"attention: {chosen} (auto; {kind}, length {length}, head_dim {head_dim}, {dtype})", flush=True)
+    return chosen
+
+
+def runs_cudnn(platform: str, kind: str, head_dim: int, dtype: str) -> bool:
+    """Whether cuDNN's flash attention exists for a device: NVIDIA's from Ampere on are called so, AMD's are not."""
+    nvidia = platform in ("gpu", "cuda") and kind.startswith("NVIDIA")
+    return nvidia and dtype in ("bfloat16", "float16") and head_dim % 8 == 0 and head_dim <= 128
 
 
 def per_device(attention: Callable, q: jax.Array, k: jax.Array, v: jax.Array, segment_ids: jax.Array) -> jax.Array:
@@ -135,10 +134,10 @@ def cudnn(q: jax.Array, k: jax.Array, v: jax.Array, segment_ids: jax.Array, *, c
     return jax.nn.dot_product_attention(q, k, v, mask=same, is_causal=causal, implementation="cudnn")
 
 
-def choose_decoding(implementation: str, platform: str, head_dim: int, dtype: str) -> str:
+def choose_decoding(implementation: str, platform: str, kind: str, head_dim: int, dtype: str) -> str:
     """ "cudnn" or "xla": how a window attends on a cache. Splash, which training may use, has no such kernel."""
-    able = platform in ("gpu", "cuda") and dtype == "bfloat16" and head_dim % 8 == 0 and head_dim <= 128
-    return "cudnn" if able and implementation in ("auto", "cudnn") else "xla"
+    wanted = implementation in ("auto", "cudnn")
+    return "cudnn" if wanted and runs_cudnn(platform, kind, head_dim, dtype) else "xla"
 
 
 def cudnn_cached(q: jax.Array, keys: jax.Array, values: jax.Array, seen: jax.Array) -> jax.Array:
