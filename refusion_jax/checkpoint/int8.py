@@ -16,11 +16,12 @@ def quantise(x: np.ndarray, inputs: tuple[int, ...], where: str) -> tuple[np.nda
     Raises:
       UserError: values that are not finite.
     """
-    top = np.maximum(x.max(inputs, keepdims=True), -x.min(inputs, keepdims=True)).astype(np.float32)
+    x = x.astype(np.float32)  # a copy, which becomes q
+    top = np.maximum(x.max(inputs, keepdims=True), -x.min(inputs, keepdims=True))
     scale = np.maximum(top / 127, np.finfo(np.float32).tiny)
     if not np.isfinite(scale).all():
         raise UserError(
             f"{where} has values that are not finite, which int8 cannot hold. Download or export the weights again."
         )
-    q = np.divide(x, scale, dtype=np.float32)
-    return np.rint(q, out=q).astype(np.int8), scale.squeeze(inputs)
+    x /= scale
+    return np.rint(x, out=x).astype(np.int8), scale.squeeze(inputs)
