@@ -15,6 +15,7 @@ from ml_collections import ConfigDict
 from refusion_jax.errors import UserError
 from refusion_jax.model.config import ModelConfig, from_huggingface, qwen3
 from refusion_jax.objective.autoregressive import Autoregressive
+from refusion_jax.objective.masked import Masked
 from refusion_jax.objective.refusion import Refusion
 from refusion_jax.settings import build, choice, not_negative, positive
 
@@ -148,7 +149,7 @@ class Config:
     """A training run.
 
     Attributes:
-      objective: what is learned; its `kind`, "refusion" or "autoregressive", says which settings there are.
+      objective: what is learned; its `kind`, "refusion", "masked" or "autoregressive", says which settings there are.
       init_from: weights to start from: a Hugging Face folder or name, or a checkpoint folder; empty: random ones.
         Weights only; a run is continued by starting it again with the same --workdir.
       steps: optimizer steps; 0: as many as `epochs` take.
@@ -162,7 +163,7 @@ class Config:
 
     model: ModelConfig
     data: DataConfig
-    objective: Refusion | Autoregressive = Refusion()
+    objective: Refusion | Masked | Autoregressive = Refusion()
     optimizer: OptimizerConfig = OptimizerConfig()
     mesh: MeshConfig = MeshConfig()
     lora: LoraConfig = LoraConfig()

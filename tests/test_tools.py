@@ -16,6 +16,7 @@ def call(repository, monkeypatch):
 
     def call(tool, *arguments):
         monkeypatch.setattr(sys, "argv", [tool, *map(str, arguments)])
+        monkeypatch.syspath_prepend(repository / "tools")  # as for a script
         runpy.run_path(str(repository / "tools" / f"{tool}.py"))["main"]()
 
     return call

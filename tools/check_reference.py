@@ -1,7 +1,8 @@
 """Compares this implementation with reference data: `python tools/check_reference.py DIR`.
 
-DIR holds `model/` (Hugging Face layout) and, beside it, any of `logits.npz`, `losses.npz`, `decode.jsonl`. Prints one
-line per kind and every mismatch with its size; exits with 1 if anything differs. --checkpoint takes the parameters from
+DIR holds `model/` (Hugging Face layout), or a file `MODEL` with the path of the model's folder from DIR, and any of
+`logits.npz`, `losses.npz` (of ReFusion, or of a method of `reference_losses.py`), `decode.jsonl`. Prints one line per
+kind and every mismatch with its size; exits with 1 if anything differs. --checkpoint takes the parameters from
 elsewhere, a converted checkpoint say, and --mesh restores them onto several devices.
 """
 
@@ -16,6 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import reference_losses
 
 from refusion_jax.checkpoint import load
 from refusion_jax.decoder import parse_mesh
@@ -25,6 +27,7 @@ from refusion_jax.model.config import ModelConfig
 from refusion_jax.model.head import over_vocabulary
 from refusion_jax.model.qwen3 import Qwen3
 from refusion_jax.objective.common import Inputs, token_losses
+from refusion_jax.objective.masked import Masked
 from refusion_jax.objective.refusion import Refusion
 from refusion_jax.parallel import sharding
 from refusion_jax.sampling import Report, SamplerConfig, generate
@@ -82,30 +85,62 @@ def reference_inputs(config: ModelConfig, batch: dict[str, np.ndarray]) -> Input
     )
 
 
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def losses_and_norm(config: ModelConfig, objective: Refusion | Masked, params: dict, inputs: Inputs) -> dict:
+    """loss, NAME_loss of every term and grad_norm."""
+
+    def total(params: dict):
+        losses = token_losses(config, objective, {"params": params}, inputs)
+        means = {
+            name: term.numerator(losses.loss) / jnp.maximum(term.denominator, 1) for name, term in inputs.terms.items()
+        }
+        return sum(means.values()), means
+
+    (value, means), grads = jax.value_and_grad(total, has_aux=True)(params)
+    losses = {"loss": value, **{f"{name}_loss": mean for name, mean in means.items()}}
+    return losses | {"grad_norm": optax.tree.norm(grads)}
+
+
+def check_masked_losses(config: ModelConfig, params: dict, data: dict[str, np.ndarray]) -> tuple[int, int, list[str]]:
+    """(losses, equal ones, mismatches) of masked diffusion: what the model sees, the loss, the global gradient norm."""
+    config = dataclasses.replace(config, mask_token_id=reference_losses.mask_token(data))
+    count, equal, problems = 0, 0, []
+    for case in reference_losses.cases(config, data):
+        # The loss of a token depends on no other settings, so one program serves all cases.
+        same = case.objective if case.objective.loss == "d3pm" else Masked(softmax=case.objective.softmax)
+        ours = losses_and_norm(config, same, params, case.inputs)
+        found = differs(f"{case.name} loss", float(ours["loss"]), case.loss, LOSS_TOLERANCE)
+        if case.grad_norm is not None:
+            found += differs(f"{case.name} grad_norm", float(ours["grad_norm"]), case.grad_norm, GRADIENT_TOLERANCE)
+        others = (np.asarray(case.inputs.tokens)[: len(case.corrupted)] != case.corrupted).sum()
+        found += [f"{case.name} corrupted: {others} tokens differ"] * bool(others)
+        count, equal, problems = count + 1, equal + (not found), problems + found
+    return count, equal, problems
+
+
 def check_losses(config: ModelConfig, params: dict, path: pathlib.Path) -> tuple[int, int, list[str]]:
-    """(batches, equal ones, mismatches): both terms, the global gradient norm and the logits of the first row."""
+    """(batches, equal ones, mismatches): both terms, the global gradient norm and the logits of the first row.
 
-    @jax.jit
-    def loss(params: dict, inputs: Inputs):
-        def total(params: dict):
-            losses = token_losses(config, Refusion(), {"params": params}, inputs)
-            means = {
-                name: term.numerator(losses.loss) / jnp.maximum(term.denominator, 1)
-                for name, term in inputs.terms.items()
-            }
-            return sum(means.values()), means
-
-        (value, means), grads = jax.value_and_grad(total, has_aux=True)(params)
-        losses = {"loss": value, **{f"{name}_loss": mean for name, mean in means.items()}}
-        all_logits = logits(config, params, inputs.tokens, inputs.positions, inputs.context)
-        return losses | {"grad_norm": optax.tree.norm(grads)}, all_logits[0]
-
-    data = np.load(path)
-    batches = sorted({name.split("/")[0] for name in data.files}, key=lambda name: int(name.removeprefix("batch")))
+    Raises:
+      UserError: the losses are of no kind that is known here.
+    """
+    data = dict(np.load(path))
+    if reference_losses.is_masked(data):
+        return check_masked_losses(config, params, data)
+    if "batch0/ar_loss" not in data:
+        raise UserError(
+            f"{path} has losses of a method that is not known here; known are ReFusion's and those of "
+            "tools/reference_losses.py, each by its own keys."
+        )
+    first_row = jax.jit(
+        lambda params, inputs: logits(config, params, inputs.tokens, inputs.positions, inputs.context)[0]
+    )
+    batches = sorted({name.split("/")[0] for name in data}, key=lambda name: int(name.removeprefix("batch")))
     equal, problems = 0, []
     for name in batches:
-        batch = {key.split("/")[1]: data[key] for key in data.files if key.startswith(f"{name}/")}
-        ours, first = loss(params, reference_inputs(config, batch))
+        batch = {key.split("/")[1]: data[key] for key in data if key.startswith(f"{name}/")}
+        inputs = reference_inputs(config, batch)
+        ours, first = losses_and_norm(config, Refusion(), params, inputs), first_row(params, inputs)
         found = []
         for key, value in ours.items():
             tolerance = GRADIENT_TOLERANCE if key == "grad_norm" else LOSS_TOLERANCE
@@ -167,12 +202,14 @@ def main() -> None:
     )
     arguments = parser.parse_args()
     folder = arguments.folder
-    if not (folder / "model").is_dir():
+    named = folder / "MODEL"
+    model = folder / named.read_text().strip() if named.is_file() else folder / "model"
+    if not model.is_dir():
         raise UserError(
-            f"{folder} has no folder 'model' beside its reference data; give a folder in the layout of "
-            "tests/reference/tiny."
+            f"{folder} has no folder 'model' beside its reference data, and no file 'MODEL' that names one; give a "
+            "folder in the layout of tests/reference/tiny."
         )
-    source = arguments.checkpoint or folder / "model"
+    source = arguments.checkpoint or model
     config = dataclasses.replace(load.load_model_config(source), dtype="float32", attention="xla")
     mesh = parse_mesh(arguments.mesh)
     params = load.load_params(source, config, mesh, sharding.DECODE_RULES, dtype="float32")

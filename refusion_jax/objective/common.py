@@ -3,7 +3,8 @@
 An objective is a frozen dataclass whose fields are its settings (`config.objective`), with
 
     corrupt(key, batch, model, step) -> Inputs      what the model sees and has to predict
-    per_token(model, logits, targets) -> TokenLoss  of logits [tokens, vocab], for `over_vocabulary`
+    per_token(model, logits, targets) -> TokenLoss  of logits [tokens, vocab], for `over_vocabulary`; Inputs.level, if
+                                                    it is there, is a fourth argument
     needs_mask_token                                whether the model must have a mask token
 
 The loss is the sum over terms of scale * sum(weights * loss of the token) / max(denominator, 1).
@@ -89,6 +90,7 @@ class Inputs:
       tokens, positions: the model's input.
       context: what a token sees, one of model/attention.py's; it has `segment_ids` [batch, length].
       targets: int32; meaningful where a term has weight.
+      level: float32, what the loss of a token depends on besides; None: nothing.
       terms: the loss terms by name, which metrics carry too.
     """
 
@@ -97,6 +99,7 @@ class Inputs:
     context: Any
     targets: jax.Array
     terms: dict[str, Term]
+    level: jax.Array | None = None
 
 
 @struct.dataclass
@@ -156,9 +159,9 @@ def token_losses(model: ModelConfig, objective: Any, variables: dict, inputs: In
       variables: {"params": the model's, as `model.scan_layers` wants them} and, with adapters, "lora".
     """
     hidden, _ = Qwen3(model).apply(variables, inputs.tokens, inputs.positions, inputs.context)
-    return over_vocabulary(
-        model, variables["params"], hidden, functools.partial(objective.per_token, model), inputs.targets
-    )
+    per_token = functools.partial(objective.per_token, model)
+    of_tokens = (inputs.targets,) if inputs.level is None else (inputs.targets, inputs.level)
+    return over_vocabulary(model, variables["params"], hidden, per_token, *of_tokens)
 
 
 def sums_per_example(
