@@ -127,7 +127,7 @@ def test_a_config_survives_json(repository):
         (
             "tiny.py",
             {"objective.kind": "'diffusion'"},
-            "config.objective.kind is 'diffusion'; choose one of refusion, auto",
+            "config.objective.kind is 'diffusion'; choose one of refusion, masked, auto",
         ),
         ("tiny.py", {"objective.kind": "autoregressive"}, "Unknown setting config.objective.mdm_weight_cap"),
         ("8b.py", {"objective.loss_chunk": "256"}, "Unknown setting config.objective.loss_chunk"),
