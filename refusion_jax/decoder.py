@@ -75,6 +75,12 @@ class Decoder:
         Raises:
           UserError: no such checkpoint, damaged files, no tokenizer, or a mesh that does not fit.
         """
+        objective = (run_config(checkpoint, step) or {}).get("objective") or {}
+        if objective.get("kind") == "masked":
+            raise UserError(
+                f"{checkpoint} was trained with the objective 'masked', in which a token sees what comes after it. The "
+                "samplers here decode causal models (objectives 'refusion' and 'autoregressive'); take such a checkpoint."
+            )
         dtype = dtype or ("float32" if jax.default_backend() == "cpu" else "bfloat16")
         model = dataclasses.replace(load.load_model_config(checkpoint, step), dtype=dtype)
         words = load_tokenizer(tokenizer) if tokenizer else load.load_tokenizer_for(checkpoint, step)
@@ -82,7 +88,6 @@ class Decoder:
         devices = parse_mesh(mesh)
         params = load.load_params(checkpoint, model, devices, sharding.DECODE_RULES, dtype, step)
         params = decode_params(params, devices)  # once, and not for every call
-        objective = (run_config(checkpoint, step) or {}).get("objective") or {}
         return cls(params, model, words, devices, max(objective.get("slot_sizes") or [cls.slot_size]))
 
     def settings(self, **given: Any) -> SamplerConfig:

@@ -76,3 +76,9 @@ def test_init_from_another_model(reference, repository, tmp_path):
 def test_config_says_what_it_needs(repository):
     with pytest.raises(UserError, match="init_from=DIR,data=DATA.json"):
         load_config(str(repository / "configs" / "finetune.py"))
+
+
+def test_a_checkpoint_that_no_sampler_suits_is_refused(reference, repository, tmp_path):
+    finetune(repository, reference / "qwen3_untied" / "model", tmp_path, "run", **{"objective.kind": "masked"})
+    with pytest.raises(UserError, match="trained with the objective 'masked'"):
+        Decoder.load(str(tmp_path / "run"), dtype="float32")
