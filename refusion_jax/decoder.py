@@ -78,8 +78,9 @@ class Decoder:
         objective = (run_config(checkpoint, step) or {}).get("objective") or {}
         if objective.get("kind") == "masked":
             raise UserError(
-                f"{checkpoint} was trained with the objective 'masked', in which a token sees what comes after it. The "
-                "samplers here decode causal models (objectives 'refusion' and 'autoregressive'); take such a checkpoint."
+                f"{checkpoint} was trained with the objective 'masked', in which a token sees what comes after it. "
+                "The samplers here decode causal models: take a checkpoint of the objective 'refusion' or "
+                "'autoregressive'."
             )
         dtype = dtype or ("float32" if jax.default_backend() == "cpu" else "bfloat16")
         model = dataclasses.replace(load.load_model_config(checkpoint, step), dtype=dtype)
