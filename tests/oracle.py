@@ -1,8 +1,8 @@
 """Plan-and-infill decoding as a plain Python loop, straight from the method: no cache, no batch, no JAX.
 
-`decode` takes any forward function `probs(tokens, positions, mask) -> [length, vocab]`. The whole sequence, committed tokens
-and window, is forwarded every time; the mask keeps what each committed token saw when it was committed, because the slots of
-a completion do not see one another. `numpy_qwen3` is such a forward function in float64.
+`decode` takes any forward function `probs(tokens, positions, mask) -> [length, vocab]`. The whole sequence, committed
+tokens and window, is forwarded every time; the mask keeps what each committed token saw when it was committed, because
+the slots of a completion do not see one another. `numpy_qwen3` is such a forward function in float64.
 """
 
 import dataclasses
@@ -48,7 +48,9 @@ class Context:
         return np.concatenate([self.tokens, tokens]), np.concatenate([self.positions, positions]), mask
 
     def forward(self, tokens, positions, window_mask=None) -> np.ndarray:
-        """Probabilities [window, vocab] of a window whose tokens see all committed tokens and, inside, `window_mask`."""
+        """Probabilities [window, vocab] of a window whose tokens see all committed tokens and, inside,
+        `window_mask`.
+        """
         w = len(tokens)
         window_mask = np.tril(np.ones((w, w), bool)) if window_mask is None else window_mask
         self.forwards += 1
@@ -192,7 +194,9 @@ def leading(accepted: np.ndarray) -> int:
 
 
 def still_open(filled: np.ndarray, prefix: list[int], eos_id: int) -> tuple[list[int], list[int]]:
-    """Slots of a completion that are not discarded, and among them those not full: an accepted EOS makes a slot final."""
+    """Slots of a completion that are not discarded, and among them those not full: an accepted EOS makes a slot
+    final.
+    """
     k = filled.shape[1]
     for i in range(len(filled)):
         if eos_id in filled[i, : prefix[i]]:

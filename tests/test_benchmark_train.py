@@ -6,9 +6,10 @@ import sys
 
 import pytest
 
-ROOT = pathlib.Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT / "tools"))
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent / "tools"))
 import benchmark_train
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
 
 
 def test_figures_agree_with_one_another(monkeypatch, tmp_path, capsys):
