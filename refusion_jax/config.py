@@ -70,6 +70,8 @@ class DataConfig:
       train, evaluation: sources; evaluation may be empty.
       max_length: length of a packed row, tokens; longer examples are dropped, longer documents (plain text) split.
       max_examples_per_row: static maximum of examples in a row; 0: chosen from the data.
+      response_multiple: responses are filled with EOS tokens, which are learnt like others, to a multiple of so many
+        tokens; documents are not. For diffusion over whole responses, which has to be told where one ends.
       cache_dir: where tokenised sources are kept; empty: the run's folder.
       allow_change: go on with a run although its rows are no longer those of its checkpoint (other data, tokenizer,
         seed or lengths): from the same row number on, in the new rows.
@@ -80,11 +82,12 @@ class DataConfig:
     evaluation: tuple[SourceConfig, ...] = ()
     max_length: int = 4096
     max_examples_per_row: int = 0
+    response_multiple: int = 1
     cache_dir: str = ""
     allow_change: bool = False
 
     def __post_init__(self):
-        positive("data", self, "max_length")
+        positive("data", self, "max_length", "response_multiple")
         not_negative("data", self, "max_examples_per_row")
 
 

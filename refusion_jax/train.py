@@ -185,6 +185,7 @@ def open_data(
     settings = dict(
         max_length=config.data.max_length,
         max_examples_per_row=config.data.max_examples_per_row,
+        response_multiple=config.data.response_multiple,
         seed=config.seed,
         cache_dir=config.data.cache_dir or workdir / "cache",
     )

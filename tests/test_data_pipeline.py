@@ -247,6 +247,22 @@ def test_where_a_document_is_cut_depends_on_nothing_else(cache_dir, tmp_path):
     assert "11 examples, 10 of them pieces of documents longer than 64" in str(report)
 
 
+def test_responses_are_filled_with_end_ids_and_documents_are_not(cache_dir, tmp_path):
+    """To the next multiple, none where it is one already; prompts, ids and what was there before stay."""
+    sources = spelling(), documents(tmp_path, letters(20), letters(200))
+    plain, filled = (load(cache_dir, *sources, max_length=96, **s) for s in ({}, {"response_multiple": 8}))
+    by_number = lambda rows: {number: (tokens, prompt) for tokens, prompt, number in epoch_examples(rows, 0)}
+    before, after = by_number(plain), by_number(filled)
+    assert before.keys() == after.keys() and len(before) > 400
+    added = set()
+    for number, (tokens, prompt) in before.items():
+        assert after[number][1] == prompt
+        more = 0 if prompt == 1 else -(len(tokens) - prompt) % 8
+        assert after[number][0] == tokens + (TOKENIZER.eos_id,) * more
+        added.add(more)
+    assert added == set(range(8))
+
+
 def test_a_document_is_in_one_part_with_all_its_pieces(cache_dir, tmp_path):
     source = documents(tmp_path, *(letters(200, n) for n in range(20)))
     train, held_out = (
@@ -275,6 +291,7 @@ def test_the_fingerprint_names_what_the_rows_depend_on(cache_dir, tmp_path):
     assert changed(source, seed=2) == {"seed"}
     assert changed(source, max_length=128) == {"data.max_length"}
     assert changed(source, max_examples_per_row=0) == {"data.max_examples_per_row"}
+    assert changed(source, response_multiple=8) == {"data.response_multiple"}
     assert changed(dataclasses.replace(source, stop=0.9, weight=2.0)) == {"data.train.0.stop", "data.train.0.weight"}
     more = {f"data.train.1.{name}" for name in ("content", "start", "stop", "weight")}
     assert changed(source, spelling()) == more

@@ -255,7 +255,12 @@ def main() -> None:
         if arguments.synthetic:
             rows = synthetic_rows(case)
         else:
-            options = dict(max_length=length, max_examples_per_row=config.data.max_examples_per_row, seed=config.seed)
+            options = dict(
+                max_length=length,
+                max_examples_per_row=config.data.max_examples_per_row,
+                response_multiple=config.data.response_multiple,
+                seed=config.seed,
+            )
             cache = config.data.cache_dir or "runs/benchmark-cache"
             rows = pipeline.load_rows(
                 config.data.train, load_tokenizer(config.data.tokenizer), cache_dir=cache, **options

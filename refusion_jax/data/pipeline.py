@@ -258,6 +258,7 @@ def load_rows(
     *,
     max_length: int,
     max_examples_per_row: int = 0,
+    response_multiple: int = 1,
     seed: int = 0,
     cache_dir: str | os.PathLike,
     shuffle: bool = True,
@@ -270,6 +271,7 @@ def load_rows(
       max_length: tokens per row; longer documents are cut into pieces (`pieces.py`), longer examples with a prompt are
         dropped and counted in the report.
       max_examples_per_row: static maximum of examples in a row; 0: chosen from the data; 1: no packing.
+      response_multiple: responses are filled with end ids to a multiple of so many tokens; documents are not.
       seed: of the order of examples and rows; each epoch has its own.
       cache_dir: folder of the caches of tokenised sources.
       shuffle: False: one fixed order, for evaluation.
@@ -281,9 +283,17 @@ def load_rows(
     if not sources:
         raise UserError("there is no data source: the list is empty. Put at least one source into it.")
     parts, content = [], {"data.tokenizer": tokenizer.fingerprint}
+    if response_multiple > 1:
+        content["data.response_multiple"] = response_multiple
     for i, config in enumerate(sources):
         source = open_source(config)
-        pieces = cut(cached_tokens(source, tokenizer, cache_dir), max_length, tokenizer.begin_id)
+        pieces = cut(
+            cached_tokens(source, tokenizer, cache_dir),
+            max_length,
+            tokenizer.begin_id,
+            end_id=tokenizer.eos_id,
+            response_multiple=response_multiple,
+        )
         parts.append(_part(source.name, config, pieces, max_length))
         content[f"data.train.{i}.content"] = source.key()
         content |= {f"data.train.{i}.{name}": getattr(config, name) for name in ("start", "stop", "weight")}
