@@ -120,6 +120,7 @@ def train_step(
         micros = jax.tree.map(lambda x: _microbatches(x, config.accumulation), inputs)
         (means, grads), _ = jax.lax.scan(accumulate, zero, micros)
 
+    lengths = batch.lengths.astype(jnp.float32)
     updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
     metrics = {
@@ -128,7 +129,7 @@ def train_step(
         **{f"{name}_tokens": jnp.sum(term.weights > 0, dtype=jnp.float32) for name, term in inputs.terms.items()},
         "examples": jnp.sum(batch.lengths > 0, dtype=jnp.float32),
         "tokens": jnp.sum(batch.lengths, dtype=jnp.float32),
-        "token_pairs": jnp.sum(batch.lengths * (batch.lengths + 1.0) / 2),
+        "token_pairs": jnp.sum(lengths**2 if config.objective.bidirectional else lengths * (lengths + 1) / 2),
         "grad_norm": optax.tree.norm(grads),
         "param_norm": optax.tree.norm(params),
     }

@@ -80,7 +80,7 @@ def train_flops(config: ModelConfig, tokens: float, token_pairs: float) -> float
     Args:
       config: the model.
       tokens: tokens that count (no padding).
-      token_pairs: (query, key) pairs that attend: the sum over examples of n (n + 1) / 2.
+      token_pairs: (query, key) pairs that attend: the sum over examples of n (n + 1) / 2, or of n^2 if bidirectional.
     """
     return (
         6 * matmul_params(config) * tokens + 12 * config.num_layers * config.num_heads * config.head_dim * token_pairs

@@ -18,6 +18,7 @@ class Autoregressive:
 
     kind: str = "autoregressive"
     needs_mask_token: ClassVar[bool] = False
+    bidirectional: ClassVar[bool] = False
 
     def __post_init__(self):
         choice("objective", self, "kind", ("autoregressive",))

@@ -6,6 +6,7 @@ An objective is a frozen dataclass whose fields are its settings (`config.object
     per_token(model, logits, targets) -> TokenLoss  of logits [tokens, vocab], for `over_vocabulary`; Inputs.level, if
                                                     it is there, is a fourth argument
     needs_mask_token                                whether the model must have a mask token
+    bidirectional                                   whether a token sees what comes after it in its example
 
 The loss is the sum over terms of scale * sum(weights * loss of the token) / max(denominator, 1).
 """

@@ -116,6 +116,7 @@ class Masked:
     eos_as_one: bool = False
     anneal_steps: int = 0
     needs_mask_token: ClassVar[bool] = True
+    bidirectional: ClassVar[bool] = True
 
     def __post_init__(self):
         for (name, value), why in UNWANTED.items():

@@ -72,6 +72,7 @@ class Refusion:
     mdm_weight_cap: float = 0.0
     slot_sizes: tuple[int, ...] = (4, 8, 16, 32)
     needs_mask_token: ClassVar[bool] = True
+    bidirectional: ClassVar[bool] = False
 
     def __post_init__(self):
         choice("objective", self, "kind", ("refusion",))
