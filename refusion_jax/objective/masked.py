@@ -38,7 +38,8 @@ UNWANTED = {
     (
         "schedule",
         "cosine",
-    ): "it is an option that no published run uses; linear, with any weight, trains the same model",
+    ): "no published run uses it, and the bound does not depend on the schedule; take linear",
+    ("schedule", "spindle"): "it needs the count of every id of the vocabulary, and its loss is no bound; take linear",
     ("schedule", "importance"): "it draws the same probabilities as log_uniform, which is its name here",
     ("schedule", "change_of_variables"): "it draws the same probabilities as log_uniform, which is its name here",
     ("weight", "focal"): "it is switched off in the code that has it; take elbo, or cart",
