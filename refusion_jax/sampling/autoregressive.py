@@ -42,6 +42,8 @@ class Autoregressive:
     model: ModelConfig
     length: int
     window: int = 1
+    widths: tuple[int, ...] = (1,)
+    free: int = 1
     held_back: int = 1  # the prompt's last token is the first window
 
     def start(self, request: Request) -> Row:
@@ -54,7 +56,10 @@ class Autoregressive:
             last=request.last_token,
         )
 
-    def ask(self, row: Row) -> Window:
+    def needed(self, row: Row) -> jax.Array:
+        return jnp.int32(1)
+
+    def ask(self, row: Row, room: jax.Array) -> Window:
         count = row.canvas.count
         token = row.last[None]
         keys = jax.random.fold_in(row.key, count)[None]

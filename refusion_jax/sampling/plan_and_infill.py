@@ -85,8 +85,9 @@ class PlanAndInfill:
 
     Attributes:
       slots: n, slots of a block.
-      chunks: c, chunks of a window, at least n.
+      widths: tokens that a forward may take, multiples of k; the last is W, at least n * k.
       carry: whether speculative chunks fill the window.
+      free: tokens they may fill, besides what a forward takes anyway.
       held_back: tokens of the prompt that are left to the first window.
     """
 
@@ -94,8 +95,9 @@ class PlanAndInfill:
     slots: int
     slot_size: int
     blocks: int
-    chunks: int
+    widths: tuple[int, ...]
     carry: bool = False
+    free: int = 0
     held_back: int = 0
 
     @property
@@ -105,7 +107,12 @@ class PlanAndInfill:
 
     @property
     def window(self) -> int:
-        return self.chunks * self.slot_size
+        return self.widths[-1]
+
+    @property
+    def chunks(self) -> int:
+        """c, chunks of a window."""
+        return self.window // self.slot_size
 
     def start(self, request: Request) -> Row:
         n, k = self.slots, self.slot_size
@@ -133,9 +140,14 @@ class PlanAndInfill:
 
     # ------------------------------------------------------------------ what a row forwards
 
-    def ask(self, row: Row) -> Window:
-        """The window of a row in whatever phase it is."""
+    def needed(self, row: Row) -> jax.Array:
+        """Tokens of a row's main chunks."""
+        return jnp.where(row.phase == PLAN, row.remaining, row.chosen).sum() * self.slot_size
+
+    def ask(self, row: Row, room: jax.Array) -> Window:
+        """The window of a row in whatever phase it is, filled up to `room` tokens, which its main chunks fit in."""
         n, k, c = self.slots, self.slot_size, self.chunks
+        room //= k
         slot, column = jnp.arange(n), jnp.arange(k)
         planning = row.phase == PLAN
         main = jnp.where(planning, row.remaining, row.chosen)
@@ -147,13 +159,14 @@ class PlanAndInfill:
 
         # Candidates in order of need: main, next plan, guesses cut by cut, likely ones first. As many as there is room
         # for.
-        carried = speculation.carry(self, row, main, stop_at, stop_slot, ~planning & self.carry)
+        carried = speculation.carry(self, row, main, stop_at, stop_slot, ~planning & self.carry, room)
         by_cut = lambda flags: flags.T.reshape(-1)
         guesses = [by_cut(carried.guess & carried.likely), by_cut(carried.guess & ~carried.likely)]
         wanted = jnp.concatenate([main, carried.plan, *guesses])
         slots = jnp.concatenate([slot, slot, jnp.tile(slot, 2 * k)])
         cuts = jnp.concatenate([cut, jnp.zeros(n, jnp.int32), jnp.tile(jnp.repeat(column, n), 2)])
-        at = jnp.where(wanted, jnp.cumsum(wanted) - 1, c)
+        rank = jnp.cumsum(wanted) - 1
+        at = jnp.where(wanted & (rank < room), rank, c)
         candidate = jnp.full(c, 2 * n).at[at].set(jnp.arange(len(wanted)), mode="drop")
         chunk_slot, chunk_cut = slots[candidate], cuts[candidate]
         is_main, is_plan = candidate < n, (candidate >= n) & (candidate < 2 * n)
@@ -175,7 +188,7 @@ class PlanAndInfill:
             tokens=tokens.reshape(-1),
             positions=row.prompt_length + offsets,
             mask=(same & (token[:, None] >= token)) | (before & (together | planned)),
-            used=jnp.minimum(wanted.sum(), c) * k,
+            used=jnp.minimum(wanted.sum(), room) * k,
             query=Query.of(jnp.roll(tokens, -1, axis=1).reshape(-1), keys, row.settings),
             main_at=at[:n],
             plan_at=at[n : 2 * n],

@@ -1,8 +1,9 @@
 """What is compiled for decoding: the loop of a sampler over a batch, and the prefill of prompts.
 
 A sampler (plan_and_infill.py, autoregressive.py) is a frozen, hashable dataclass with `model`, `length` (of an answer),
-`window` (tokens of a forward), `held_back` (prompt tokens left to the first window), and functions of one row:
-`start(request) -> row`, `ask(row) -> window`, `advance(row, window, seen) -> (row, tokens committed)`. A process
+`widths` (tokens that a forward may take, ascending), `window` (the last of them), `free` (tokens that a row may always
+fill), `held_back` (prompt tokens left to the first window), and functions of one row: `start(request) -> row`,
+`needed(row) -> tokens`, `ask(row, room) -> window`, `advance(row, window, seen) -> (row, tokens committed)`. A process
 compiles one loop for each (sampler, batch, length of the cache), and prefills of a few widths; settings of a request
 are traced.
 """
@@ -28,9 +29,12 @@ from refusion_jax.sampling.config import MAX_STOP_IDS, SamplerConfig, Settings
 from refusion_jax.sampling.plan_and_infill import PlanAndInfill
 from refusion_jax.sampling.state import Canvas, Request, State
 
-# Tokens a forward takes in about the time that reading the weights takes, on chips made for this. On a CPU every token
-# costs.
+# Tokens a forward takes in about the time that reading the weights takes, on chips made for this.
 FREE_TOKENS = 160
+# On a CPU every token costs, the first ones less: 8, 16 and 32 tokens take 2.4, 3.3 and 5 times as long as one. So
+# forwards are no wider than their rows need, in a few widths, and carry more than that up to so many tokens only.
+CPU_FREE_TOKENS = 32
+CPU_WIDTHS = (4, 2, 1)  # parts of a window
 
 
 @struct.dataclass
@@ -60,7 +64,9 @@ def _platform(mesh: Mesh | None) -> str:
 
 
 def scans(mesh: Mesh | None) -> bool:
-    """Whether decoding takes layers stacked: a TPU reads a slice of them in place, CPUs and GPUs would copy it first."""
+    """Whether decoding takes layers stacked: a TPU reads a slice of them in place, CPUs and GPUs would copy it
+    first.
+    """
     return _platform(mesh) == "tpu"
 
 
@@ -73,11 +79,20 @@ def make_sampler(
     if config.method == "autoregressive":
         return Autoregressive(model, config.gen_length)
     n, k = config.slots // config.blocks, config.slot_size
-    free = 0 if platform == "cpu" else FREE_TOKENS // batch
-    tokens = {"off": 0, "auto": free, "on": max(FREE_TOKENS, 2 * n * k)}[config.speculate]
+    cpu = platform == "cpu"
+    auto = 0 if cpu else FREE_TOKENS // batch
+    tokens = {"off": 0, "auto": auto, "on": max(FREE_TOKENS, 2 * n * k)}[config.speculate]
     carry = config.speculate != "off"
     chunks = max(n, (config.window or tokens) // k) if carry else n
-    return PlanAndInfill(model, slots=n, slot_size=k, blocks=config.blocks, chunks=chunks, carry=carry)
+    return PlanAndInfill(
+        model,
+        slots=n,
+        slot_size=k,
+        blocks=config.blocks,
+        widths=tuple(sorted({-(-chunks // part) * k for part in (CPU_WIDTHS if cpu else (1,))})),
+        carry=carry,
+        free=CPU_FREE_TOKENS // batch if cpu and config.speculate == "auto" and not config.window else chunks * k,
+    )
 
 
 def cache_bucket(entries: int) -> int:
@@ -100,20 +115,49 @@ def empty(sampler, batch: int, cache_length: int) -> State:
 
 def forward(sampler, params: dict, state: State) -> State:
     """One pass of every row's window, and what follows from it."""
-    model, rows = sampler.model, state.rows
-    window = jax.vmap(sampler.ask)(rows)
-    context = Cached.appended(state.cache, window.mask, model.attention)
-    hidden, context = Qwen3(model).apply({"params": params}, window.tokens, window.positions, context)
-    leaves, tree = jax.tree.flatten(window.query)
+    rows, widths = state.rows, jnp.array(sampler.widths)
+    choice = lambda tokens: jnp.searchsorted(widths, jnp.where(rows.done, 0, tokens).max())  # the least that is enough
+    # What some row needs others fill at no cost.
+    room = jnp.maximum(widths[choice(jax.vmap(sampler.needed)(rows))], sampler.free)
+    window = jax.vmap(sampler.ask, (0, None))(rows, room)
+    see = functools.partial(look, sampler, params, window, rows.settings)
+    cache, seen = by_width(see, sampler.widths, choice(window.used), state.cache)
+    rows = rows.replace(canvas=jax.vmap(Canvas.forwarded)(rows.canvas, jnp.where(rows.done, 0, window.used)))
+    rows, committed = jax.vmap(sampler.advance)(rows, window, seen)
+    return State(cache.commit(committed), rows)
+
+
+def by_width(see: Any, widths: tuple[int, ...], choice: jax.Array, cache: KVCache) -> tuple[KVCache, reduction.Seen]:
+    """`see` with the chosen one of the widths, in a loop of one turn or none: a conditional would copy the cache."""
+    if len(widths) == 1:
+        return see(widths[0], cache)
+    seen = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(lambda x: see(widths[0], x), cache)[1])
+    for i, width in enumerate(widths):
+
+        def once(carry, width=width):
+            turn, cache, _ = carry
+            # Of a length that the carry decides, so that XLA does not make masks ahead of the loops without a turn.
+            return jnp.bool_(False), *see(width, cache.replace(length=jnp.where(turn, cache.length, 0)))
+
+        _, cache, seen = jax.lax.while_loop(lambda carry: carry[0], once, (choice == i, cache, seen))
+    return cache, seen
+
+
+def look(
+    sampler, params: dict, window: Any, settings: Settings, width: int, cache: KVCache
+) -> tuple[KVCache, reduction.Seen]:
+    """The cache with the first `width` tokens of every window behind its entries, and what the model says of them."""
+    model, first = sampler.model, lambda x: x[:, :width]
+    context = Cached.appended(cache, first(window.mask)[..., :width], model.attention)
+    hidden, context = Qwen3(model).apply({"params": params}, first(window.tokens), first(window.positions), context)
+    leaves, tree = jax.tree.flatten(jax.tree.map(first, window.query))
 
     def head(sampled: bool):
         reduce = lambda logits, *query: reduction.reduce(model, logits, tree.unflatten(query), sampled)
         return lambda: over_vocabulary(model, params, hidden, reduce, *leaves)
 
-    seen = jax.lax.cond((rows.settings.temperature > 0).any(), head(True), head(False))
-    rows = rows.replace(canvas=jax.vmap(Canvas.forwarded)(rows.canvas, jnp.where(rows.done, 0, window.used)))
-    rows, committed = jax.vmap(sampler.advance)(rows, window, seen)
-    return State(context.cache.commit(committed), rows)
+    seen = jax.lax.cond((settings.temperature > 0).any(), head(True), head(False))
+    return context.cache, jax.tree.map(lambda x: jnp.pad(x, ((0, 0), (0, sampler.window - width))), seen)
 
 
 def run(sampler, params: dict, state: State, forwards: jax.Array, active: jax.Array) -> tuple[State, jax.Array]:
