@@ -6,6 +6,7 @@ import functools
 import json
 import resource
 import shutil
+import time
 
 import chex
 import jax
@@ -139,6 +140,14 @@ def files_of_at_most(size):
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
+def wait_for_writers(folder):
+    """Returns when nothing has been written below a folder for a second."""
+    listing = lambda: sorted((str(path), path.lstat().st_size) for path in folder.rglob("*") if path.exists())
+    before = None
+    while before != (before := listing()):
+        time.sleep(1)
+
+
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # of threads that were writing
 def test_a_full_disk_is_an_error_and_the_last_checkpoint_stays_whole(tmp_path):
     checkpoints = orbax.Checkpoints(tmp_path)
@@ -155,6 +164,7 @@ def test_a_full_disk_is_an_error_and_the_last_checkpoint_stays_whole(tmp_path):
         checkpoints.close()
     assert "\n" not in str(error.value)
     assert orbax.steps_in(tmp_path) == [1]
+    wait_for_writers(tmp_path)  # of the save that failed: in a run they end with the process
     again = orbax.Checkpoints(tmp_path)  # there is room again
     state, next_row = again.restore(program("1").abstract_state, meta(0))
     chex.assert_trees_all_equal(state, random_state("1", 1))
