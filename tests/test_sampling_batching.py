@@ -221,6 +221,7 @@ def test_long_prompts_are_prefilled_in_chunks_beside_running_rows(answers, monke
     answers, _ = answers
     monkeypatch.setattr(engine_lib, "PREFILL_TOKENS", 8)
     monkeypatch.setattr(engine_lib, "PREFILL_WIDTHS", (4, 8))
+    monkeypatch.setattr(cached_attention, "PREFILL_PART", 16)
     longest = max(range(len(PROMPTS)), key=lambda i: len(PROMPTS[i]))
     engine = Engine(PARAMS, MODEL, CONFIG, 2, max_prompt_length=60)
     engine.add(Prompt(PROMPTS[0], CONFIG, index=0))

@@ -10,6 +10,7 @@ from refusion_jax.model.cache import KVCache
 from refusion_jax.model.layers import devices_over
 
 SCORE_BYTES = 2**28  # of float32 scores that one device holds at a time
+PREFILL_PART = 1024  # entries of the cache that a prefill reads at a time
 
 
 @struct.dataclass
@@ -72,10 +73,14 @@ class Cached:
             keys, values = cache.read(self.layer, 0, cache.cache_length)
             return flash.cudnn_cached(q, keys, values, self.seen), after
         size = 4 * q.shape[0] * q.shape[1] * q.shape[2] * cache.cache_length // devices_over("batch", "heads")
-        parts = -(-size // SCORE_BYTES)
+        parts, turns = -(-size // SCORE_BYTES), None
+        if cache.rows is not None:  # A prefill: of a long cache no more is read than has been filled.
+            parts = max(parts, cache.cache_length // PREFILL_PART)
+            filled = jnp.max(jnp.where(self.seen.any(axis=(0, 1)), jnp.arange(cache.cache_length) + 1, 0))
+            turns = -(-filled // -(-cache.cache_length // parts))
         if parts == 1:
             return whole(q, cache, self.layer, self.seen), after
-        return in_parts(q, cache, self.layer, self.seen, parts), after
+        return in_parts(q, cache, self.layer, self.seen, parts, turns), after
 
 
 def grouped(q: jax.Array, kv_heads: int) -> jax.Array:
@@ -98,9 +103,11 @@ def whole(q: jax.Array, cache: KVCache, layer: jax.Array | int, seen: jax.Array)
     return jnp.einsum("BKGTS,BKSH->BTKGH", weights, values.astype(q.dtype)).reshape(q.shape)
 
 
-def in_parts(q: jax.Array, cache: KVCache, layer: jax.Array | int, seen: jax.Array, parts: int) -> jax.Array:
+def in_parts(
+    q: jax.Array, cache: KVCache, layer: jax.Array | int, seen: jax.Array, parts: int, turns: jax.Array | None
+) -> jax.Array:
     """The same, with the scores of one part of the cache at a time: a running maximum, sum and weighted sum of
-    values.
+    values. Only the first `turns` parts are read; None: all.
     """
     size = -(-cache.cache_length // parts)
     queries = grouped(q, jax.tree.leaves(cache.k)[0].shape[-3])
@@ -122,6 +129,6 @@ def in_parts(q: jax.Array, cache: KVCache, layer: jax.Array | int, seen: jax.Arr
 
     shape = (q.shape[0], queries.shape[2], queries.shape[3], *q.shape[1::2])
     start = jnp.full(shape[:-1], jnp.finfo(jnp.float32).min), jnp.zeros(shape[:-1]), jnp.zeros(shape)
-    _, total, out = jax.lax.fori_loop(0, parts, add, start)
+    _, total, out = jax.lax.fori_loop(0, parts if turns is None else turns, add, start)
     out = (out / jnp.where(total > 0, total, 1.0)[..., None]).astype(q.dtype)
     return jnp.einsum("BKGTH->BTKGH", out).reshape(q.shape)
