@@ -22,7 +22,7 @@ import numpy as np
 
 from refusion_jax.checkpoint import huggingface, int8, load, orbax, safetensors, stream
 from refusion_jax.config import LoraConfig
-from refusion_jax.data.tokenizers import load_tokenizer
+from refusion_jax.data.tokenizers import Tokenizer, load_tokenizer
 from refusion_jax.errors import UserError
 from refusion_jax.model import config as model_config
 from refusion_jax.model.config import ModelConfig
@@ -180,23 +180,8 @@ def to_orbax(
     """
     folder, destination = huggingface.resolve(source), pathlib.Path(destination)
     weights = huggingface.Weights(folder)
-    config, vocabulary = weights.config, None
-    if tokenizer or any((folder / name).exists() for name in load.TOKENIZER_FILES):
-        vocabulary = load_tokenizer(tokenizer or str(folder))
-    elif new_tokens == "mean":
-        raise UserError(f"{folder} has no tokenizer, so the new tokens are not known. Name one with --tokenizer.")
-    rows = vocab_rows or config.vocab_size
-    if new_tokens == "mean" and not vocab_rows:
-        rows = max(rows, vocabulary.vocab_size)
-    logical = min(rows, config.logical_vocab_size)
-    config = dataclasses.replace(config, vocab_size=rows, logical_vocab_size=logical, quantise=quantise)
-    if vocabulary:
-        config = load.with_tokenizer(config, vocabulary, folder)
-    elif rows < weights.config.vocab_size:
-        raise UserError(
-            f"--vocab-rows {rows} would cut rows off the table of {weights.config.vocab_size} in {folder}, and "
-            "without a tokenizer nobody knows whether they are used. Name one with --tokenizer."
-        )
+    config, vocabulary = _result(weights, folder, tokenizer, new_tokens, vocab_rows, quantise)
+    rows = config.vocab_size
     new = {vocabulary.begin_id, vocabulary.mask_id} if new_tokens == "mean" else set()
     tables = _Tables(weights, rows, new, config.logical_vocab_size)
     weights.check_tied_head()
@@ -246,6 +231,30 @@ def to_orbax(
         meta = orbax.make_meta(config, step=0, tokenizer=(tokenizer or str(source)) if vocabulary else "")
         stream.save(partial / "checkpoints" / "0", {path: stream_of(path) for path in arrays}, meta)
     say(f"wrote {destination} ({_size(_folder_bytes(destination))})")
+
+
+def _result(
+    weights: huggingface.Weights, folder: pathlib.Path, tokenizer: str, new_tokens: str, vocab_rows: int, quantise: str
+) -> tuple[ModelConfig, Tokenizer | None]:
+    """The converted model's config and its tokenizer, if there is one; arguments as in `to_orbax`."""
+    config, vocabulary = weights.config, None
+    if tokenizer or any((folder / name).exists() for name in load.TOKENIZER_FILES):
+        vocabulary = load_tokenizer(tokenizer or str(folder))
+    elif new_tokens == "mean":
+        raise UserError(f"{folder} has no tokenizer, so the new tokens are not known. Name one with --tokenizer.")
+    rows = vocab_rows or config.vocab_size
+    if new_tokens == "mean" and not vocab_rows:
+        rows = max(rows, vocabulary.vocab_size)
+    logical = min(rows, config.logical_vocab_size)
+    config = dataclasses.replace(config, vocab_size=rows, logical_vocab_size=logical, quantise=quantise)
+    if vocabulary:
+        config = load.with_tokenizer(config, vocabulary, folder)
+    elif rows < weights.config.vocab_size:
+        raise UserError(
+            f"--vocab-rows {rows} would cut rows off the table of {weights.config.vocab_size} in {folder}, and "
+            "without a tokenizer nobody knows whether they are used. Name one with --tokenizer."
+        )
+    return config, vocabulary
 
 
 def _folder_bytes(folder: pathlib.Path) -> int:
