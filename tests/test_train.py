@@ -17,6 +17,7 @@ import jax
 import micro
 import numpy as np
 import pytest
+from jax.experimental.compilation_cache import compilation_cache
 
 from refusion_jax import step as steps_lib
 from refusion_jax import train as train_lib
@@ -45,6 +46,7 @@ def compiled_once(tmp_path_factory):
     yield
     for name, value in before.items():
         jax.config.update(name, value)
+    compilation_cache.reset_cache()  # else JAX keeps the folder for all that comes after
 
 
 @pytest.fixture(autouse=True)
