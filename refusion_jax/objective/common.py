@@ -57,6 +57,11 @@ class Layout:
     offset: jax.Array
     response_length: jax.Array
 
+    @property
+    def length(self) -> jax.Array:
+        """Prompt and response of the token's example."""
+        return self.positions - self.offset + self.response_length
+
 
 @struct.dataclass
 class Term:
@@ -90,8 +95,9 @@ class Inputs:
     Attributes:
       tokens, positions: the model's input.
       context: what a token sees, one of model/attention.py's; it has `segment_ids` [batch, length].
-      targets: int32; meaningful where a term has weight.
-      level: float32, what the loss of a token depends on besides; None: nothing.
+      targets: int32; meaningful where a term has weight. Where they, and with them weights and level, are shorter than
+        the tokens, they are of the first ones, and the rest is only seen.
+      level: float32, what the loss of a token depends on besides, [batch, length, ...]; None: nothing.
       terms: the loss terms by name, which metrics carry too.
     """
 
@@ -144,6 +150,49 @@ def count_in_segment(chosen: jax.Array, segment_ids: jax.Array) -> jax.Array:
     return jnp.take_along_axis(counts, segment_ids, axis=1)
 
 
+def normaliser(
+    norm: str, where: Layout, trainable: jax.Array, trained: jax.Array, examples: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """What a sum of losses is divided by.
+
+    Args:
+      norm: token (trainable tokens of the batch), masked (trained ones of the batch), batch (examples), sequence (an
+        example's own trainable tokens, then examples) or masked_sequence (its own trained tokens, then examples).
+      trainable, trained: [batch, length] bool, tokens that could be targets, and those that are.
+      examples: scalar float32, of the batch.
+
+    Returns:
+      (denominator, what a token's weight is divided by besides, [batch, length] or a scalar).
+    """
+    if norm in ("token", "masked"):
+        return jnp.sum(trainable if norm == "token" else trained, dtype=jnp.float32), jnp.ones_like(examples)
+    if norm == "batch":
+        return examples, jnp.ones_like(examples)
+    counted = trainable if norm == "sequence" else trained
+    return examples, jnp.maximum(count_in_segment(counted, where.segment_ids), 1)
+
+
+def rank_of_group(draw: jax.Array, segment_ids: jax.Array, first: jax.Array) -> jax.Array:
+    """Rank [batch, length] of each token's group (slot, block) among those of its example.
+
+    Args:
+      draw: [batch, length] float32, the group's draw at its first token, inf elsewhere.
+      segment_ids: [batch, length] int32.
+      first: [batch, length] int32, index of the first token of the token's group.
+    """
+    index = jnp.broadcast_to(jnp.arange(draw.shape[1]), draw.shape)
+    segments, _, order = jax.lax.sort((segment_ids, draw, index), dimension=1, num_keys=2)
+    rank = index - jax.vmap(lambda s: jnp.searchsorted(s, s, side="left"))(segments)
+    rows = jnp.arange(draw.shape[0])[:, None]
+    rank = jnp.zeros_like(index).at[rows, order].set(rank)
+    return jnp.take_along_axis(rank, first, axis=1)
+
+
+def without_mask(model: ModelConfig, logits: jax.Array) -> jax.Array:
+    """Logits [tokens, vocab] with none for the mask."""
+    return jnp.where(jnp.arange(logits.shape[-1]) == model.mask_token_id, -jnp.inf, logits)
+
+
 def cross_entropy(logits: jax.Array, targets: jax.Array) -> TokenLoss:
     """Of targets [tokens] under logits [tokens, vocab], in float32."""
     # A masked sum, not a gather: it stays local where the vocabulary is sharded.
@@ -153,13 +202,14 @@ def cross_entropy(logits: jax.Array, targets: jax.Array) -> TokenLoss:
 
 
 def token_losses(model: ModelConfig, objective: Any, variables: dict, inputs: Inputs) -> TokenLoss:
-    """Loss and correctness of every target, [batch, length], from one forward pass.
+    """Loss and correctness of every target, [batch, length of targets], from one forward pass.
 
     Args:
       objective: see the module.
       variables: {"params": the model's, as `model.scan_layers` wants them} and, with adapters, "lora".
     """
     hidden, _ = Qwen3(model).apply(variables, inputs.tokens, inputs.positions, inputs.context)
+    hidden = hidden[:, : inputs.targets.shape[1]]
     per_token = functools.partial(objective.per_token, model)
     of_tokens = (inputs.targets,) if inputs.level is None else (inputs.targets, inputs.level)
     return over_vocabulary(model, variables["params"], hidden, per_token, *of_tokens)
@@ -179,7 +229,5 @@ def sums_per_example(
     def of_row(values, segments):
         return jax.ops.segment_sum(values, segments, num_segments=examples + 1)[1:]
 
-    return {
-        name: jax.vmap(of_row)(term.weighted(losses.loss), inputs.context.segment_ids)
-        for name, term in inputs.terms.items()
-    }
+    segment_ids = inputs.context.segment_ids[:, : inputs.targets.shape[1]]
+    return {name: jax.vmap(of_row)(term.weighted(losses.loss), segment_ids) for name, term in inputs.terms.items()}

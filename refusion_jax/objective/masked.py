@@ -22,9 +22,10 @@ from refusion_jax.objective.common import (
     PackedBatch,
     Term,
     TokenLoss,
-    count_in_segment,
     cross_entropy,
     layout,
+    normaliser,
+    without_mask,
 )
 from refusion_jax.settings import choice, not_negative
 
@@ -199,12 +200,12 @@ class Masked:
         self, model: ModelConfig, logits: jax.Array, targets: jax.Array, t: jax.Array | None = None
     ) -> TokenLoss:
         """t: [tokens] float32, levels of D3PM's steps, 0 where the input was clean."""
-        is_mask = jnp.arange(logits.shape[-1]) == model.mask_token_id
         if self.softmax == "subs":
-            logits = jnp.where(is_mask, -jnp.inf, logits)
+            logits = without_mask(model, logits)
         found = cross_entropy(logits, targets)
         if self.loss == "cross_entropy":
             return found
+        is_mask = jnp.arange(logits.shape[-1]) == model.mask_token_id
         stays = jnp.sum(jnp.where(is_mask, jax.nn.softmax(logits, axis=-1), 0.0), axis=-1)
         return found.replace(loss=jnp.where(t > 0, self._reverse_step(found.loss, stays, t), found.loss))
 
@@ -263,7 +264,9 @@ class Masked:
         masked = maskable & (u < probability)
         trained = masked & trainable
 
-        denominator, share = self._norm(where, trainable, trained, jnp.sum(batch.lengths > 0, dtype=jnp.float32))
+        denominator, share = normaliser(
+            self.norm, where, trainable, trained, jnp.sum(batch.lengths > 0, dtype=jnp.float32)
+        )
         weights = jnp.where(trained, self._weight(t, where, masked) / share, 0.0)
         targets = jnp.where(trained, batch.tokens, 0)
         if self.alignment == "shift":  # the first token of a row has no weight, so nothing comes round
@@ -306,17 +309,6 @@ class Masked:
         if self.schedule == "log_uniform":
             return jnp.full_like(t, -LOG_P_MIN)
         return 1 / (jnp.minimum(t, T_MAX) if self.diffusion_steps else t)
-
-    def _norm(
-        self, where: Layout, trainable: jax.Array, trained: jax.Array, examples: jax.Array
-    ) -> tuple[jax.Array, jax.Array]:
-        """(denominator, what a token's weight is divided by besides, [batch, length])."""
-        if self.norm in ("token", "masked"):
-            return jnp.sum(trainable if self.norm == "token" else trained, dtype=jnp.float32), jnp.ones_like(examples)
-        if self.norm == "batch":
-            return examples, jnp.ones_like(examples)
-        counted = trainable if self.norm == "sequence" else trained
-        return examples, jnp.maximum(count_in_segment(counted, where.segment_ids), 1)
 
 
 def _of_pairs(query_keys: jax.Array, positions: jax.Array) -> jax.Array:

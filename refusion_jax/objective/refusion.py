@@ -23,6 +23,7 @@ from refusion_jax.objective.common import (
     count_in_segment,
     cross_entropy,
     layout,
+    rank_of_group,
 )
 from refusion_jax.settings import choice, not_negative
 
@@ -38,6 +39,7 @@ class _Draws:
       t: masking level of its example.
       slot: index of its slot in the response.
       mask, order: one number for each slot, which decides about masking and about order.
+      causal: bool, its example stays clean and in its natural order.
     """
 
     size: jax.Array
@@ -45,6 +47,7 @@ class _Draws:
     slot: jax.Array
     mask: jax.Array
     order: jax.Array
+    causal: jax.Array
 
     @property
     def q(self) -> jax.Array:
@@ -62,6 +65,9 @@ class Refusion:
       ar_weight, mdm_weight: weights of the two terms.
       mdm_weight_cap: upper bound of 1 / q in the released weights 1 / (q R); 0: none.
       slot_sizes: one is drawn uniformly for each example.
+      causal_share: probability that an example is one slot as long as its response and not masked: every response token
+        is predicted by its predecessor, the first one by the prompt's last token. Such examples make the term `causal`
+        (of scale 1), which with 1 is the autoregressive objective's loss; the others make the other two.
     """
 
     kind: str = "refusion"
@@ -71,6 +77,7 @@ class Refusion:
     mdm_weight: float = 1.0
     mdm_weight_cap: float = 0.0
     slot_sizes: tuple[int, ...] = (4, 8, 16, 32)
+    causal_share: float = 0.0
     needs_mask_token: ClassVar[bool] = True
     bidirectional: ClassVar[bool] = False
 
@@ -81,6 +88,10 @@ class Refusion:
         if not self.slot_sizes or min(self.slot_sizes) < 1:
             raise UserError(f"objective.slot_sizes is {self.slot_sizes}; give at least one slot size, each at least 1.")
         not_negative("objective", self, "ar_weight", "mdm_weight", "mdm_weight_cap")
+        if not 0 <= self.causal_share <= 1:
+            raise UserError(
+                f"objective.causal_share is {self.causal_share}; it is a share of the examples, between 0 and 1."
+            )
 
     def corrupt(self, key: jax.Array, batch: PackedBatch, model: ModelConfig, step: jax.Array | float) -> Inputs:
         """Cuts responses into slots, masks some, permutes the clean ones and moves the masked ones behind them.
@@ -92,12 +103,14 @@ class Refusion:
           step: does not matter here.
 
         Returns:
-          The corrupted batch with its two terms. Padding stays at the end of a row.
+          The corrupted batch with its terms: ar, mdm and, with a causal_share, causal. Padding stays at the end of a
+          row.
         """
         where = layout(batch)
         draws = self._draw(key, batch, where)
         masked = self._masked(where, draws)
         clean = (where.offset >= 0) & ~masked
+        causal = draws.causal & (where.segment_ids > 0)
         order = _buffer_order(where, draws, masked, clean)
 
         def moved(values):
@@ -105,15 +118,18 @@ class Refusion:
 
         # Targets in original order: a clean token predicts its successor in the same slot, a mask its own token.
         following = where.offset + 1
-        has_successor = clean & (following % draws.size != 0) & (following < where.response_length)
+        in_slot = jnp.where(causal, following >= 0, clean & (following % draws.size != 0))
+        has_successor = in_slot & (following < where.response_length)
         targets = jnp.where(has_successor, jnp.roll(batch.tokens, -1, axis=1), 0)
         terms = self.terms(
-            ar=has_successor,
+            ar=has_successor & ~causal,
             mdm=masked,
+            causal=has_successor & causal,
             q=draws.q,
             response_length=where.response_length,
             segment_ids=where.segment_ids,
-            examples=jnp.sum(batch.lengths > 0),
+            examples=jnp.sum((batch.lengths > 0) & ~self._causal(key, batch)),
+            causal_examples=jnp.sum((batch.lengths > 0) & self._causal(key, batch)),
         )
         return Inputs(
             tokens=moved(jnp.where(masked, model.mask_token_id, batch.tokens)),
@@ -190,7 +206,7 @@ class Refusion:
         draw = jnp.where(in_response & (first == index), draws.mask, jnp.inf)
         slots = -(-where.response_length // draws.size)
         chosen = jnp.floor(draws.t * slots).astype(jnp.int32)
-        return in_response & (_rank_of_slot(draw, where.segment_ids, first) < chosen)
+        return in_response & (rank_of_group(draw, where.segment_ids, first) < chosen)
 
 
 def _buffer_order(where: Layout, draws: _Draws, masked: jax.Array, clean: jax.Array) -> jax.Array:
@@ -205,19 +221,3 @@ def _buffer_order(where: Layout, draws: _Draws, masked: jax.Array, clean: jax.Ar
     index = jnp.broadcast_to(jnp.arange(padding.shape[1]), padding.shape)
     keys = (segment, group, jnp.where(clean, draws.order, 0.0), jnp.where(clean, draws.slot, 0))
     return jax.lax.sort((*keys, index), dimension=1, is_stable=True, num_keys=len(keys))[-1]
-
-
-def _rank_of_slot(draw: jax.Array, segment_ids: jax.Array, first: jax.Array) -> jax.Array:
-    """Rank [batch, length] of each token's slot among the slots of its example.
-
-    Args:
-      draw: [batch, length] float32, the slot's draw at its first token, inf elsewhere.
-      segment_ids: [batch, length] int32.
-      first: [batch, length] int32, index of the first token of the token's slot.
-    """
-    index = jnp.broadcast_to(jnp.arange(draw.shape[1]), draw.shape)
-    segments, _, order = jax.lax.sort((segment_ids, draw, index), dimension=1, num_keys=2)
-    rank = index - jax.vmap(lambda s: jnp.searchsorted(s, s, side="left"))(segments)
-    rows = jnp.arange(draw.shape[0])[:, None]
-    rank = jnp.zeros_like(index).at[rows, order].set(rank)
-    return jnp.take_along_axis(rank, first, axis=1)
