@@ -28,6 +28,7 @@ from refusion_jax.objective.common import (
 from refusion_jax.settings import choice, not_negative
 
 Q_MIN = 1e-3  # smallest masking probability
+CAUSAL = 4  # the draw of an example's key that comes behind the four of `_draw`
 
 
 @struct.dataclass
@@ -39,7 +40,6 @@ class _Draws:
       t: masking level of its example.
       slot: index of its slot in the response.
       mask, order: one number for each slot, which decides about masking and about order.
-      causal: bool, its example stays clean and in its natural order.
     """
 
     size: jax.Array
@@ -47,7 +47,6 @@ class _Draws:
     slot: jax.Array
     mask: jax.Array
     order: jax.Array
-    causal: jax.Array
 
     @property
     def q(self) -> jax.Array:
@@ -108,9 +107,12 @@ class Refusion:
         """
         where = layout(batch)
         draws = self._draw(key, batch, where)
-        masked = self._masked(where, draws)
+        causal_examples = self._causal(key, batch)
+        example = jnp.maximum(where.segment_ids - 1, 0)
+        causal = jnp.take_along_axis(causal_examples, example, axis=1) & (where.segment_ids > 0)
+        draws = draws.replace(order=jnp.where(causal, 0.0, draws.order))
+        masked = self._masked(where, draws) & ~causal
         clean = (where.offset >= 0) & ~masked
-        causal = draws.causal & (where.segment_ids > 0)
         order = _buffer_order(where, draws, masked, clean)
 
         def moved(values):
@@ -124,13 +126,14 @@ class Refusion:
         terms = self.terms(
             ar=has_successor & ~causal,
             mdm=masked,
-            causal=has_successor & causal,
             q=draws.q,
             response_length=where.response_length,
             segment_ids=where.segment_ids,
-            examples=jnp.sum((batch.lengths > 0) & ~self._causal(key, batch)),
-            causal_examples=jnp.sum((batch.lengths > 0) & self._causal(key, batch)),
+            examples=jnp.sum((batch.lengths > 0) & ~causal_examples),
         )
+        if self.causal_share:
+            weights = (has_successor & causal).astype(jnp.float32)
+            terms["causal"] = Term(weights, jnp.sum(weights), jnp.float32(1))
         return Inputs(
             tokens=moved(jnp.where(masked, model.mask_token_id, batch.tokens)),
             positions=moved(where.positions),
@@ -150,7 +153,7 @@ class Refusion:
           q: [batch, length] float32, masking probability of the token's example.
           response_length: [batch, length] int32, of the token's example.
           segment_ids: [batch, length] int32, of the token.
-          examples: scalar, number of examples in the global batch.
+          examples: scalar, number of examples in the global batch that are cut into slots.
         """
         count = jnp.asarray(examples, jnp.float32)
         if self.normalisation == "released":
@@ -169,6 +172,11 @@ class Refusion:
             "ar": Term(ar_weights, ar_count, jnp.float32(self.ar_weight)),
             "mdm": Term(mdm_weights, count, jnp.float32(self.mdm_weight)),
         }
+
+    def _causal(self, key: jax.Array, batch: PackedBatch) -> jax.Array:
+        """[batch, examples] bool: examples that stay clean and in their natural order."""
+        draw = jax.vmap(jax.vmap(lambda i: jax.random.uniform(jax.random.fold_in(jax.random.fold_in(key, i), CAUSAL))))
+        return draw(batch.example_ids) < self.causal_share
 
     def _draw(self, key: jax.Array, batch: PackedBatch, where: Layout) -> _Draws:
         """All that is random, from (key, example id) alone."""
