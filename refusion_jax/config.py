@@ -8,6 +8,7 @@ import pathlib
 import runpy
 import traceback
 import types
+import typing
 from typing import Any
 
 from ml_collections import ConfigDict
@@ -19,6 +20,8 @@ from refusion_jax.objective.masked import Masked
 from refusion_jax.objective.refusion import Refusion
 from refusion_jax.settings import build, choice, not_negative, positive
 
+Objective = Refusion | Masked | Autoregressive  # `kind` says which
+OBJECTIVES = typing.get_args(Objective)
 SOURCE_KINDS = ("json", "jsonl", "tfds", "parquet", "array_record", "text", "procedural")
 
 
@@ -166,7 +169,7 @@ class Config:
 
     model: ModelConfig
     data: DataConfig
-    objective: Refusion | Masked | Autoregressive = Refusion()
+    objective: Objective = Refusion()
     optimizer: OptimizerConfig = OptimizerConfig()
     mesh: MeshConfig = MeshConfig()
     lora: LoraConfig = LoraConfig()

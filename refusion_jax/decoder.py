@@ -16,7 +16,7 @@ import jax
 from jax.sharding import Mesh
 
 from refusion_jax.checkpoint import load, orbax
-from refusion_jax.config import SourceConfig
+from refusion_jax.config import OBJECTIVES, SourceConfig
 from refusion_jax.data.examples import Source
 from refusion_jax.data.sources import open_source
 from refusion_jax.data.tokenizers import Tokenizer, load_tokenizer
@@ -25,9 +25,9 @@ from refusion_jax.model.config import ModelConfig
 from refusion_jax.parallel import sharding
 from refusion_jax.parallel.mesh import make_mesh
 from refusion_jax.sampling import Generation, SamplerConfig, stream
-from refusion_jax.sampling.config import METHODS, SPECULATE
+from refusion_jax.sampling.methods import METHODS, sampler_config, suited
 from refusion_jax.sampling.programs import decode_params
-from refusion_jax.settings import build
+from refusion_jax.settings import build, of_kind
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,14 +49,14 @@ class Decoder:
 
     Attributes:
       params: as `sampling.programs.decode_params` gives them.
-      slot_size: the largest it was trained with; 32, the authors', where that is not recorded.
+      objective: what it was trained with; None where that is not recorded.
     """
 
     params: dict
     model: ModelConfig
     tokenizer: Tokenizer
     mesh: Mesh
-    slot_size: int = 32
+    objective: Any = None
 
     @classmethod
     def load(
@@ -75,13 +75,8 @@ class Decoder:
         Raises:
           UserError: no such checkpoint, damaged files, no tokenizer, or a mesh that does not fit.
         """
-        objective = (run_config(checkpoint, step) or {}).get("objective") or {}
-        if objective.get("kind") == "masked":
-            raise UserError(
-                f"{checkpoint} was trained with the objective 'masked', in which a token sees what comes after it. "
-                "The samplers here decode causal models: take a checkpoint of the objective 'refusion' or "
-                "'autoregressive'."
-            )
+        run = run_config(checkpoint, step)
+        objective = of_kind(OBJECTIVES, run.get("objective") or {}, "config.objective") if run else None
         dtype = dtype or ("float32" if jax.default_backend() == "cpu" else "bfloat16")
         model = dataclasses.replace(load.load_model_config(checkpoint, step), dtype=dtype)
         words = load_tokenizer(tokenizer) if tokenizer else load.load_tokenizer_for(checkpoint, step)
@@ -89,20 +84,17 @@ class Decoder:
         devices = parse_mesh(mesh)
         params = load.load_params(checkpoint, model, devices, sharding.DECODE_RULES, dtype, step)
         params = decode_params(params, devices)  # once, and not for every call
-        return cls(params, model, words, devices, max(objective.get("slot_sizes") or [cls.slot_size]))
+        return cls(params, model, words, devices, objective)
 
-    def settings(self, **given: Any) -> SamplerConfig:
-        """The given fields of SamplerConfig; others suit the model.
+    def settings(self, method: str | None = None, **given: Any) -> SamplerConfig:
+        """The settings of a method; what is not given (None), the method among it, suits the model.
 
-        These are its slot size, blocks of about 4 slots, and 512 tokens or half of its positions.
+        Raises:
+          UserError: the model cannot be decoded in this way, or the method has no such setting.
         """
+        method = suited(self.objective, method)
         given = {name: value for name, value in given.items() if value is not None}
-        k = given.setdefault("slot_size", self.slot_size)
-        length = given.setdefault("gen_length", min(512, self.model.max_position_embeddings // 2))
-        if k > 0 and length > 0:  # else SamplerConfig says what is wrong
-            slots = -(-length // k)
-            given.setdefault("blocks", slots // next(n for n in range(min(4, slots), slots + 1) if slots % n == 0))
-        return SamplerConfig(**given)
+        return sampler_config(method, **METHODS[method].suited(self.model, self.objective, given))
 
     def stream(self, prompts: Sequence[str], config: SamplerConfig, **options: Any) -> Iterator[Answer]:
         """Answers to prompts (one user turn each) as they are finished; options of `sampling.stream`.
@@ -118,7 +110,7 @@ class Decoder:
             yield Answer(self.tokenizer.decode(generation.tokens), generation)
 
     def generate(self, prompts: Sequence[str], *, batch_size: int = 8, seed: int = 0, **settings: Any) -> list[Answer]:
-        """Answers in the order of the prompts; `settings` are fields of SamplerConfig."""
+        """Answers in the order of the prompts; `settings` as for `Decoder.settings`."""
         answers = list(self.stream(prompts, self.settings(**settings), batch_size=batch_size, seed=seed))
         return sorted(answers, key=lambda answer: answer.generation.index)
 
@@ -189,28 +181,23 @@ def add_model_arguments(parser: argparse.ArgumentParser, required: bool = True) 
 
 
 def add_sampler_arguments(parser: argparse.ArgumentParser) -> None:
-    """A flag for every field of SamplerConfig."""
-    default = {field.name: field.default for field in dataclasses.fields(SamplerConfig)}
-    group = parser.add_argument_group("decoding")
-    for name, type_, metavar, text in (
-        ("gen-length", int, "N", "tokens an answer may have; default: 512, or half of the model's positions"),
-        ("slot-size", int, "N", "tokens of a slot; default: the largest the model was trained with, or 32"),
-        ("blocks", int, "N", "parts decoded strictly left to right; default: blocks of about 4 slots"),
-        ("slot-threshold", float, "P", "choose slots whose first token has a confidence above this; default {}"),
-        ("token-threshold", float, "P", "accept drafts whose probability is above this; default {}"),
-        ("temperature", float, "T", "0 is greedy (default); above, drafts are sampled"),
-        ("top-k", int, "N", "sample among the k most probable tokens; default 0: all"),
-        ("top-p", float, "P", "sample among the fewest tokens with this probability in total; default 1: all"),
-        ("window", int, "N", "most tokens of a row's window with speculation; default 0: chosen"),
-    ):
-        text = text.format(default[name.replace("-", "_")])
-        group.add_argument(f"--{name}", type=type_, metavar=metavar, help=text)
-    group.add_argument("--method", choices=METHODS, help=f"default {default['method']}")
-    group.add_argument(
-        "--speculate",
-        choices=SPECULATE,
-        help="put tokens that may be needed next into the same forward: fewer forwards, same tokens; default auto",
-    )
+    """A flag for every setting of every method."""
+    group = parser.add_argument_group("decoding", "What is not given suits the model.")
+    group.add_argument("--method", choices=list(METHODS), help="default: what the model was trained for")
+    having: dict[str, list[tuple[str, dataclasses.Field]]] = {}
+    for method, config in METHODS.items():
+        for field in dataclasses.fields(config):
+            having.setdefault(field.name, []).append((method, field))
+    for name, fields in having.items():
+        methods, field = [method for method, _ in fields], fields[0][1]
+        of = "" if len(methods) == len(METHODS) else f" ({', '.join(methods)})"
+        group.add_argument(
+            f"--{name.replace('_', '-')}",
+            type=type(field.default),
+            choices=field.metadata["choices"] or None,
+            metavar=None if field.metadata["choices"] else name.split("_")[-1].upper(),
+            help=f"{field.metadata['text']}; default {field.default}{of}".replace("%", "%%"),
+        )
 
 
 def add_batch_arguments(parser: argparse.ArgumentParser) -> None:
@@ -231,6 +218,9 @@ def decoder_of(arguments: argparse.Namespace) -> Decoder:
 
 
 def settings_of(arguments: argparse.Namespace, decoder: Decoder, **given: Any) -> SamplerConfig:
-    """The sampler's settings that the flags name, `given` ones instead of theirs."""
-    names = [field.name for field in dataclasses.fields(SamplerConfig)]
+    """The sampler's settings that the flags name, `given` ones instead of theirs. A `method` that is given takes those
+    flags that it has.
+    """
+    configs = [METHODS[given["method"]]] if "method" in given else METHODS.values()
+    names = {"method", *(field.name for config in configs for field in dataclasses.fields(config))}
     return decoder.settings(**{name: getattr(arguments, name) for name in names} | given)

@@ -57,8 +57,12 @@ def choice(where: str, config: Any, name: str, allowed: tuple[str, ...]) -> None
         raise UserError(f"{where}.{name} is {getattr(config, name)!r}; choose one of {', '.join(allowed)}.")
 
 
-def _of_kind(classes: tuple[type, ...], value: Any, where: str) -> Any:
-    """A group of settings whose `kind` says which of the dataclasses it is; the first one if it does not say."""
+def of_kind(classes: tuple[type, ...], value: Any, where: str) -> Any:
+    """A group of settings whose `kind` says which of the dataclasses it is; the first one if it does not say.
+
+    Raises:
+      UserError: another kind, or what `build` raises.
+    """
     kinds = {cls.kind: cls for cls in classes}
     kind = value.get("kind", classes[0].kind) if isinstance(value, dict) else classes[0].kind
     if kind not in kinds:
@@ -70,7 +74,7 @@ def _convert(hint: Any, value: Any, where: str) -> Any:
     if dataclasses.is_dataclass(hint):
         return build(hint, value, where)
     if all(map(dataclasses.is_dataclass, typing.get_args(hint) or [None])):
-        return _of_kind(typing.get_args(hint), value, where)
+        return of_kind(typing.get_args(hint), value, where)
     if typing.get_origin(hint) is tuple:
         if isinstance(value, dict):  # options of a task
             value = list(value.items())

@@ -6,7 +6,7 @@ import numpy as np
 import oracle
 
 from refusion_jax.model.config import ModelConfig
-from refusion_jax.sampling import Generation, SamplerConfig
+from refusion_jax.sampling import Generation, PlanAndInfillConfig
 
 MODEL = ModelConfig(
     vocab_size=16,
@@ -68,7 +68,7 @@ def oracle_forward(params: dict, config: ModelConfig = MODEL) -> oracle.Forward:
 
 
 def expected(
-    forward: oracle.Forward, prompt: list[int], sampler: SamplerConfig, config: ModelConfig = MODEL
+    forward: oracle.Forward, prompt: list[int], sampler: PlanAndInfillConfig, config: ModelConfig = MODEL
 ) -> oracle.Decoded:
     """What the oracle makes of a prompt."""
     return oracle.decode(

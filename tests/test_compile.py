@@ -26,7 +26,7 @@ from refusion_jax.metrics.flops import CHIPS
 from refusion_jax.model import cached_attention, head
 from refusion_jax.model.config import ModelConfig, qwen3
 from refusion_jax.parallel.mesh import make_mesh
-from refusion_jax.sampling.config import METHODS, SamplerConfig
+from refusion_jax.sampling import PlanAndInfillConfig, sampler_config
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 needs_libtpu = [
@@ -316,7 +316,7 @@ class TestTpuCompiler:
         monkeypatch.setattr(cached_attention, "SCORE_BYTES", 2**20)
         model = dataclasses.replace(MODEL, dtype="bfloat16")
         mesh = make_mesh(*shape, devices=targets.topology_devices("v5e:2x2"))
-        sampler = SamplerConfig(gen_length=64, slot_size=8, blocks=4)
+        sampler = PlanAndInfillConfig(gen_length=64, slot_size=8, blocks=4)
         temporaries = []
         for prompt_length in (2048, 16384):
             lowered, _ = compile_step.decode_program(
@@ -369,12 +369,13 @@ class TestTpuCompiler:
             targets.topology_devices("v9:2x2")
 
 
-@pytest.fixture(scope="module", params=METHODS)
+@pytest.fixture(scope="module", params=["plan_and_infill", "autoregressive"])
 def decoding_on_gpu(request):
     """The decoding loop on one H100, taken apart: a sampler's program, mesh, report."""
     model = dataclasses.replace(MODEL, dtype="bfloat16")
     mesh = make_mesh(1, 1, 1, devices=targets.topology_devices("h100:1"))
-    sampler = SamplerConfig(gen_length=64, slot_size=8, blocks=4, method=request.param)
+    slots = {"slot_size": 8, "blocks": 4} if request.param == "plan_and_infill" else {}
+    sampler = sampler_config(request.param, gen_length=64, **slots)
     lowered, work = compile_step.decode_program(
         dataclasses.replace(CONFIG, model=model), mesh, sampler, batch=2, prompt_length=512
     )

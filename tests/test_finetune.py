@@ -80,5 +80,5 @@ def test_config_says_what_it_needs(repository):
 
 def test_a_checkpoint_that_no_sampler_suits_is_refused(reference, repository, tmp_path):
     finetune(repository, reference / "qwen3_untied" / "model", tmp_path, "run", **{"objective.kind": "masked"})
-    with pytest.raises(UserError, match="trained with the objective 'masked'"):
-        Decoder.load(str(tmp_path / "run"), dtype="float32")
+    with pytest.raises(UserError, match="A model of the objective 'masked' cannot be decoded"):
+        Decoder.load(str(tmp_path / "run"), dtype="float32").settings()

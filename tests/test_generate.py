@@ -17,7 +17,7 @@ from refusion_jax.config import load_config
 from refusion_jax.data.tokenizers import load_tokenizer
 from refusion_jax.errors import UserError
 from refusion_jax.model.qwen3 import init_params
-from refusion_jax.sampling import Generation, SamplerConfig
+from refusion_jax.sampling import Generation, PlanAndInfillConfig
 from refusion_jax.sampling import generate as generate_ids
 from refusion_jax.step import TrainState
 
@@ -101,7 +101,7 @@ def test_several_devices_give_the_answers_of_one(checkpoint, answers):
 
 @pytest.mark.parametrize(
     "given",
-    [{}, {"gen_length": 200}, {"slot_size": 7, "gen_length": 23}, {"method": "autoregressive"}, {"gen_length": 1}],
+    [{}, {"gen_length": 200}, {"slot_size": 7, "gen_length": 23}, {"gen_length": 1}],
 )
 def test_settings_that_are_not_given_suit_the_model(decoder, given):
     config = decoder.settings(temperature=None, **given)
@@ -276,7 +276,7 @@ def test_visualisation_has_a_frame_per_forward(loaded, tools, checkpoint, decode
     round_of = dict(zip(answer.order, answer.rounds))
     assert [cell.round for cell in cells] == [round_of.get(p) for p in range(max(answer.order) + 1)]
     assert sum(not cell.cut for cell in cells) == len(answer.tokens)
-    painter = visualize_decode.Painter(cells, SamplerConfig(gen_length=16, slot_size=4, blocks=1))
+    painter = visualize_decode.Painter(cells, PlanAndInfillConfig(gen_length=16, slot_size=4, blocks=1))
     placed = [place for band in painter.bands for place in band]
     assert [p for p, *_ in placed] == list(range(len(cells)))
     assert all(right <= left for (_, _, right), (_, left, _) in zip(painter.bands[0], painter.bands[0][1:]))

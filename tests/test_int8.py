@@ -24,7 +24,7 @@ from refusion_jax.errors import UserError
 from refusion_jax.model.qwen3 import unstacked
 from refusion_jax.parallel import sharding
 from refusion_jax.parallel.mesh import make_mesh
-from refusion_jax.sampling import SamplerConfig
+from refusion_jax.sampling import PlanAndInfillConfig
 from refusion_jax.train import train
 
 TOKENS = np.random.default_rng(0).integers(0, 264, (2, 12))
@@ -180,7 +180,7 @@ def test_no_matrix_is_written_in_a_wider_type(topology):
     mesh = make_mesh(1, 1, 1, devices=targets.topology_devices(topology))
     # No size of a matrix is a multiple of the window, 160, as those of partial sums are.
     model = dataclasses.replace(MODEL, hidden_size=1024, intermediate_size=768, dtype="bfloat16", quantise="int8")
-    settings = SamplerConfig(gen_length=64, slot_size=8, blocks=4)
+    settings = PlanAndInfillConfig(gen_length=64, slot_size=8, blocks=4)
     lowered, work = compile_step.decode_program(dataclasses.replace(CONFIG, model=model), mesh, settings, 1, 512)
     program = hlo.Program(compile_step.compile_program(lowered, topology, mesh)[0].as_text())
     sizes = {math.prod(p.shape) for p in huggingface.parameters(model).values() if p.inputs}

@@ -16,12 +16,24 @@ from refusion_jax.model.head import over_vocabulary
 from refusion_jax.model.qwen3 import Qwen3, unstacked
 from refusion_jax.parallel import sharding
 from refusion_jax.parallel.mesh import make_mesh
-from refusion_jax.sampling import Engine, Prompt, Report, SamplerConfig, generate, reduction, stream
+from refusion_jax.sampling import (
+    AutoregressiveConfig,
+    Engine,
+    PlanAndInfillConfig,
+    Prompt,
+    Report,
+    generate,
+    reduction,
+    sampler_config,
+    stream,
+)
 from refusion_jax.sampling import engine as engine_lib
 from refusion_jax.sampling import programs as programs_lib
 from refusion_jax.sampling.config import Settings
 
-CONFIG = SamplerConfig(gen_length=32, slot_size=4, blocks=2, slot_threshold=0.5, token_threshold=0.35, speculate="on")
+CONFIG = PlanAndInfillConfig(
+    gen_length=32, slot_size=4, blocks=2, slot_threshold=0.5, token_threshold=0.35, speculate="on"
+)
 PARAMS = random_params(3, scale=1.2)
 PROMPTS = random_prompts(5, 40) + random_prompts(6, 2, longest=60)
 BATCH = 4
@@ -140,7 +152,10 @@ def test_rows_have_their_own_settings(answers):
 
 @pytest.mark.parametrize("method", ["plan_and_infill", "autoregressive"])
 def test_limit_and_stop_ids_end_an_answer(method):
-    config = dataclasses.replace(CONFIG, method=method, slot_threshold=0.999)
+    config = {
+        "plan_and_infill": dataclasses.replace(CONFIG, slot_threshold=0.999),
+        "autoregressive": AutoregressiveConfig(CONFIG.gen_length),
+    }[method]
     whole = max(generate(PARAMS, MODEL, config, PROMPTS[:12], batch_size=BATCH), key=lambda answer: len(answer.tokens))
     assert len(whole.tokens) > 12
     prompt = PROMPTS[whole.index]
@@ -337,7 +352,7 @@ def test_samples_follow_the_distribution():
 
 def test_sampled_autoregressive_decoding_follows_its_distribution():
     """Sequences of three tokens from one prompt, counted against the product of the model's own probabilities."""
-    config = SamplerConfig(method="autoregressive", gen_length=3, temperature=1.3)
+    config = AutoregressiveConfig(gen_length=3, temperature=1.3)
     n, prompt = 3000, PROMPTS[0]
     found = generate(PARAMS, MODEL, config, [prompt] * n, batch_size=64)
     allowed = np.ones(MODEL.vocab_size, bool)
@@ -373,7 +388,7 @@ def test_cutting_without_sorting_keeps_what_sorting_keeps(count):
 
 
 def test_autoregressive_equals_an_argmax_loop():
-    config = SamplerConfig(method="autoregressive", gen_length=10)
+    config = AutoregressiveConfig(gen_length=10)
     found = generate(PARAMS, MODEL, config, PROMPTS[:9], batch_size=BATCH, max_prompt_length=60)
     allowed = np.ones(MODEL.vocab_size, bool)
     allowed[[MODEL.mask_token_id, MODEL.begin_token_id]] = False
@@ -411,7 +426,7 @@ def test_temporaries_of_the_loop_do_not_grow_with_the_cache(monkeypatch):
         sampler = programs_lib.make_sampler(model, config, 2)
         programs = programs_lib.programs(sampler, None)
         params = jax.eval_shape(lambda: unstacked(random_params(0, 1.0, model)))
-        state = jax.eval_shape(lambda: programs_lib.empty(sampler, 2, cache_length))
+        state = jax.eval_shape(lambda: programs_lib.empty(sampler, Settings.of(config, 1), 2, cache_length))
         program = programs.run.lower(params, state, np.int32(1), np.int32(1)).compile()
         assert "callback" not in program.as_text(), "the loop never asks the host"
         bytes_ = sum(x.size * 4 for x in jax.tree.leaves((state.cache.k, state.cache.v)))
@@ -436,7 +451,7 @@ def test_bfloat16_decodes():
 
 
 def test_gen_length_is_rounded_up_to_whole_slots():
-    assert SamplerConfig(gen_length=62, slot_size=4, blocks=1).length == 64
+    assert PlanAndInfillConfig(gen_length=62, slot_size=4, blocks=1).length == 64
 
 
 @pytest.mark.parametrize(
@@ -452,11 +467,13 @@ def test_gen_length_is_rounded_up_to_whole_slots():
         ({"top_k": -2}, "top_k is -2"),
         ({"speculate": "yes"}, "speculate is 'yes'"),
         ({"method": "beam"}, "method is 'beam'"),
+        ({"method": "autoregressive", "speculate": "on"}, "has no setting 'speculate'; it is one of plan_and_infill"),
+        ({"slots": 3}, "has no setting 'slots'; it has gen_length"),
     ],
 )
 def test_bad_settings(options, message):
     with pytest.raises(UserError, match=message):
-        SamplerConfig(**options)
+        sampler_config(**{"method": "plan_and_infill"} | options)
 
 
 @pytest.mark.parametrize(

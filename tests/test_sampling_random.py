@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from sampling_cases import MODEL, expected, oracle_forward, random_params, random_prompts, same_tokens
 
-from refusion_jax.sampling import SamplerConfig, generate
+from refusion_jax.sampling import PlanAndInfillConfig, generate
 from refusion_jax.sampling.programs import make_sampler, programs
 
 BATCH = 16
@@ -24,7 +24,7 @@ def trials(shape_index: int, **options):
     for trial in range(TRIALS):
         seed = 100 * shape_index + trial
         slot_threshold, token_threshold = (float(x) for x in rng.choice([0.0, 0.2, 0.35, 0.5, 0.65, 0.8, 0.95, 1.0], 2))
-        config = SamplerConfig(
+        config = PlanAndInfillConfig(
             gen_length=gen_length,
             slot_size=slot_size,
             blocks=blocks,

@@ -18,7 +18,7 @@ from sampling_cases import expected, oracle_forward
 from refusion_jax.checkpoint import load
 from refusion_jax.parallel import sharding
 from refusion_jax.parallel.mesh import make_mesh
-from refusion_jax.sampling import SamplerConfig, generate
+from refusion_jax.sampling import PlanAndInfillConfig, generate
 
 SETTINGS = [1, 8, 10]  # of the 15 recorded ones: slot sizes 4, 32 and 16, two and four blocks, one to eight slots each
 
@@ -47,7 +47,7 @@ def cases(reference):
 
 
 def sampler_of(case, **options):
-    return SamplerConfig(
+    return PlanAndInfillConfig(
         gen_length=case["params"]["gen_length"],
         slot_size=case["params"]["slot_size"],
         blocks=case["params"]["serial_num_blocks"],
@@ -87,13 +87,13 @@ import json, sys
 from refusion_jax.decoder import parse_mesh
 from refusion_jax.checkpoint import load
 from refusion_jax.parallel import sharding
-from refusion_jax.sampling import SamplerConfig, generate
+from refusion_jax.sampling import PlanAndInfillConfig, generate
 model = load.load_model_config(sys.argv[1])
 mesh = parse_mesh("1,1,1")
 params = load.load_params(sys.argv[1], model, mesh, sharding.DECODE_RULES, dtype="float32")
 for line in sys.stdin:
     prompts, settings = json.loads(line)
-    answers = generate(params, model, SamplerConfig(**settings), prompts, batch_size=16, mesh=mesh)
+    answers = generate(params, model, PlanAndInfillConfig(**settings), prompts, batch_size=16, mesh=mesh)
     print(json.dumps([[a.tokens, a.order, a.forwards] for a in answers]))
 """
 

@@ -133,20 +133,20 @@ class Case:
         entry = 2 * model.num_layers * model.num_kv_heads * model.head_dim * jnp.dtype(model.dtype).itemsize
         self.cache_bytes = batch * self.engine.cache_length * entry
 
-    def prefill(self, first: int, token_threshold: float) -> None:
+    def prefill(self, first: int, own: dict[str, float]) -> None:
         """Puts a batch of prompts into the rows."""
-        config = dataclasses.replace(self.config, token_threshold=token_threshold)
+        config = dataclasses.replace(self.config, **own)
         for index in range(first, first + self.batch):
             self.engine.add(Prompt(self.prompts[index], config, index))
         self.engine.prefill(UNLIMITED)
         self.engine.forward(0)  # waits for it
 
-    def decode(self, token_threshold: float) -> tuple[list[Generation], float, float]:
+    def decode(self, **own: float) -> tuple[list[Generation], float, float]:
         """The answers to all prompts, seconds of the prefills and seconds of the loops."""
         answers, prefill_seconds, loop_seconds = [], 0.0, 0.0
         for first in range(0, len(self.prompts), self.batch):
             start = time.perf_counter()
-            self.prefill(first, token_threshold)
+            self.prefill(first, own)
             middle = time.perf_counter()
             while self.engine.busy:
                 answers += self.engine.step(UNLIMITED)
@@ -156,7 +156,7 @@ class Case:
 
     def seconds_per_forward(self, steps: int) -> float:
         """Of `steps` passes of the loop, whether rows are done or not: that changes nothing. Median of three."""
-        self.prefill(0, self.config.token_threshold)
+        self.prefill(0, {})
         taken = []
         for _ in range(3):
             start = time.perf_counter()
@@ -177,7 +177,7 @@ def calibrate(case: Case, wanted: float, runs: int = 8) -> float:
     best = (float("inf"), 1.0)
     for _ in range(runs):
         middle = (low + high) / 2
-        answers, *_ = case.decode(float(np.exp(middle)))
+        answers, *_ = case.decode(token_threshold=float(np.exp(middle)))
         found = tokens_per_forward(answers)
         best = min(best, (abs(found - wanted), float(np.exp(middle))))
         if best[0] < 0.05 * wanted:
@@ -186,10 +186,10 @@ def calibrate(case: Case, wanted: float, runs: int = 8) -> float:
     return best[1]
 
 
-def measure(case: Case, token_threshold: float, steps: int, bytes_per_second: float) -> dict[str, Any]:
+def measure(case: Case, own: dict[str, float], steps: int, bytes_per_second: float) -> dict[str, Any]:
     """Figures of one case."""
-    case.decode(token_threshold)  # warm
-    answers, prefill_seconds, loop_seconds = case.decode(token_threshold)
+    case.decode(**own)  # warm
+    answers, prefill_seconds, loop_seconds = case.decode(**own)
     seconds_per_forward = case.seconds_per_forward(steps)
     tokens, forwards = sum(len(a.tokens) for a in answers), sum(a.forwards for a in answers)
     context = statistics.mean(len(prompt) + len(answer.order) / 2 for prompt, answer in zip(case.prompts, answers))
@@ -199,7 +199,7 @@ def measure(case: Case, token_threshold: float, steps: int, bytes_per_second: fl
         "method": case.config.method,
         "speculate": "" if case.config.method == "autoregressive" else case.config.speculate,
         "window": case.engine.sampler.window,
-        "token_threshold": token_threshold,
+        "token_threshold": own.get("token_threshold", 0.0),
         "tokens": tokens,
         "forwards": forwards,
         "tokens_per_forward": tokens / forwards,
@@ -313,14 +313,17 @@ def main(argv: Sequence[str] | None = None) -> None:
         for method, speculate in [("autoregressive", "off"), *(("plan_and_infill", s) for s in speculations)]:
             if arguments.method not in (None, method):
                 continue
-            config = settings_of(arguments, decoder, method=method, speculate=speculate)
+            plans = method == "plan_and_infill"
+            given = {"speculate": speculate} if plans else {}
+            config = settings_of(arguments, decoder, method=method, **given)
             case = Case(decoder.params, model, config, prompts, batch, decoder.mesh)
-            if threshold is None and method == "plan_and_infill":
+            if threshold is None and plans:
                 threshold = (
                     calibrate(case, arguments.tokens_per_forward) if arguments.config else config.token_threshold
                 )
                 print(f"token_threshold {threshold:.3g}", flush=True)
-            result = measure(case, threshold or 0.0, arguments.steps, rate)
+            own = {"token_threshold": threshold} if plans else {}
+            result = measure(case, own, arguments.steps, rate)
             results.append(result)
             print(
                 f"batch {batch}, {method} {speculate}: {result['tokens_per_second']:.1f} tokens/s, "

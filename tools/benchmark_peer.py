@@ -167,7 +167,7 @@ def decoding_rows(arguments: argparse.Namespace, decoder: Decoder, peer: Peer, w
     model = decoder.model
     eos = model.eos_token_id
     settings = lambda **given: settings_of(arguments, decoder, **given)
-    plain = settings(method="autoregressive", speculate="off")
+    plain = settings(method="autoregressive")
     params = decode_params(decoder.params, decoder.mesh)
 
     def ours(config: SamplerConfig, prompts: list[list[int]], batch: int) -> Callable[[], list[list[int]]]:
@@ -198,7 +198,7 @@ def decoding_rows(arguments: argparse.Namespace, decoder: Decoder, peer: Peer, w
         config = settings(method="plan_and_infill", speculate="off")
         if arguments.config:
             case = lambda threshold: dataclasses.replace(config, token_threshold=threshold)
-            decode = lambda threshold: (generate(params, model, case(threshold), prompts, batch_size=1),)
+            decode = lambda token_threshold: (generate(params, model, case(token_threshold), prompts, batch_size=1),)
             config = case(calibrate(types.SimpleNamespace(decode=decode), arguments.tokens_per_forward))
         if arguments.authors:
             theirs = lambda: peer(

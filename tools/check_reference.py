@@ -12,6 +12,7 @@ import functools
 import json
 import pathlib
 import sys
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -26,11 +27,12 @@ from refusion_jax.model.attention import Packed
 from refusion_jax.model.config import ModelConfig
 from refusion_jax.model.head import over_vocabulary
 from refusion_jax.model.qwen3 import Qwen3
+from refusion_jax.objective.block import Block
 from refusion_jax.objective.common import Inputs, token_losses
 from refusion_jax.objective.masked import Masked
 from refusion_jax.objective.refusion import Refusion
 from refusion_jax.parallel import sharding
-from refusion_jax.sampling import Report, SamplerConfig, generate
+from refusion_jax.sampling import PlanAndInfillConfig, Report, generate
 
 LOGITS_TOLERANCE = 2e-4  # max abs difference
 LOSS_TOLERANCE = 1e-5  # relative
@@ -86,7 +88,7 @@ def reference_inputs(config: ModelConfig, batch: dict[str, np.ndarray]) -> Input
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
-def losses_and_norm(config: ModelConfig, objective: Refusion | Masked, params: dict, inputs: Inputs) -> dict:
+def losses_and_norm(config: ModelConfig, objective: Any, params: dict, inputs: Inputs) -> dict:
     """loss, NAME_loss of every term and grad_norm."""
 
     def total(params: dict):
@@ -101,18 +103,21 @@ def losses_and_norm(config: ModelConfig, objective: Refusion | Masked, params: d
     return losses | {"grad_norm": optax.tree.norm(grads)}
 
 
-def check_masked_losses(config: ModelConfig, params: dict, data: dict[str, np.ndarray]) -> tuple[int, int, list[str]]:
-    """(losses, equal ones, mismatches) of masked diffusion: what the model sees, the loss, the global gradient norm."""
+def check_recorded_losses(config: ModelConfig, params: dict, data: dict[str, np.ndarray]) -> tuple[int, int, list[str]]:
+    """(losses, equal ones, mismatches) of other methods: what the model sees, the loss, the global gradient norm."""
     config = dataclasses.replace(config, mask_token_id=reference_losses.mask_token(data))
     count, equal, problems = 0, 0, []
     for case in reference_losses.cases(config, data):
-        # The loss of a token depends on no other settings, so one program serves all cases.
-        same = case.objective if case.objective.loss == "d3pm" else Masked(softmax=case.objective.softmax)
+        # The cross-entropy of a token depends on no other settings, so one program serves all cases.
+        same = case.objective
+        if getattr(same, "loss", "") == "cross_entropy" or isinstance(same, Block):
+            same = Masked(softmax=same.softmax)
         ours = losses_and_norm(config, same, params, case.inputs)
         found = differs(f"{case.name} loss", float(ours["loss"]), case.loss, LOSS_TOLERANCE)
         if case.grad_norm is not None:
             found += differs(f"{case.name} grad_norm", float(ours["grad_norm"]), case.grad_norm, GRADIENT_TOLERANCE)
-        others = (np.asarray(case.inputs.tokens)[: len(case.corrupted)] != case.corrupted).sum()
+        seen = np.asarray(case.inputs.tokens)[tuple(map(slice, case.corrupted.shape))]
+        others = (seen != case.corrupted).sum()
         found += [f"{case.name} corrupted: {others} tokens differ"] * bool(others)
         count, equal, problems = count + 1, equal + (not found), problems + found
     return count, equal, problems
@@ -125,8 +130,8 @@ def check_losses(config: ModelConfig, params: dict, path: pathlib.Path) -> tuple
       UserError: the losses are of no kind that is known here.
     """
     data = dict(np.load(path))
-    if reference_losses.is_masked(data):
-        return check_masked_losses(config, params, data)
+    if reference_losses.is_known(data):
+        return check_recorded_losses(config, params, data)
     if "batch0/ar_loss" not in data:
         raise UserError(
             f"{path} has losses of a method that is not known here; known are ReFusion's and those of "
@@ -167,7 +172,7 @@ def check_decode(
     problems, forwards, forwarded, widest = {}, 0, 0, 0
     for setting, members in groups.items():
         setting = dict(setting)
-        sampler = SamplerConfig(blocks=setting.pop("serial_num_blocks"), **setting, speculate=speculate)
+        sampler = PlanAndInfillConfig(blocks=setting.pop("serial_num_blocks"), **setting, speculate=speculate)
         report = Report()
         answers = generate(
             params, config, sampler, [case["prompt"] for _, case in members], batch_size=16, report=report
@@ -215,7 +220,8 @@ def main() -> None:
     params = load.load_params(source, config, mesh, sharding.DECODE_RULES, dtype="float32")
 
     decode = functools.partial(check_decode, speculate=arguments.speculate)
-    kinds = {"logits.npz": check_logits, "losses.npz": check_losses, "decode.jsonl": decode}
+    losses = dict.fromkeys(("losses.npz", "losses_dllm.npz"), check_losses)
+    kinds = {"logits.npz": check_logits, **losses, "decode.jsonl": decode}
     present = [name for name in kinds if (folder / name).exists()]
     if not present:
         raise UserError(f"{folder} holds none of {', '.join(kinds)}; there is nothing to compare with.")

@@ -42,8 +42,9 @@ from refusion_jax.model.qwen3 import unstacked
 from refusion_jax.objective.common import PackedBatch
 from refusion_jax.parallel import sharding
 from refusion_jax.parallel.mesh import make_mesh
-from refusion_jax.sampling import programs
-from refusion_jax.sampling.config import METHODS, SamplerConfig
+from refusion_jax.sampling import SamplerConfig, programs, sampler_config
+from refusion_jax.sampling.config import Settings
+from refusion_jax.sampling.methods import METHODS
 from refusion_jax.train import with_tokenizer
 
 LAYER = re.compile(r"/layers?(_\d+)?/")  # in the names of what a layer does
@@ -120,7 +121,8 @@ def decode_program(
     model = sampler.model
     filled = prompt_length + sampler.length
     weights = decode_weights(model, mesh)
-    state = decode_state(sampler, mesh, batch, programs.cache_bucket(filled + sampler.window))
+    settings = Settings.of(sampler_config, model.eos_token_id)
+    state = decode_state(sampler, settings, mesh, batch, programs.cache_bucket(filled + sampler.window))
     scalar = jax.ShapeDtypeStruct((), jnp.int32, sharding=sharding.replicated(mesh))
     lowered = programs.programs(sampler, mesh).run.lower(weights, state, scalar, scalar)
     tokens = batch * sampler.window
@@ -155,10 +157,10 @@ def decode_weights(model: ModelConfig, mesh: Mesh) -> dict:
     return jax.tree.map(place, each, {name: specs.get(name, layer) for name in each})
 
 
-def decode_state(sampler, mesh: Mesh, batch: int, cache_length: int):
+def decode_state(sampler, settings: Settings, mesh: Mesh, batch: int, cache_length: int):
     """The abstract state of an empty batch, as it lies on the mesh."""
     with sharding.use(mesh, sharding.DECODE_RULES):
-        state = jax.eval_shape(lambda: programs.empty(sampler, batch, cache_length))
+        state = jax.eval_shape(lambda: programs.empty(sampler, settings, batch, cache_length))
     rows = ("data", "fsdp")
     place = lambda x, *spec: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(mesh, PartitionSpec(*spec)))
     entries = lambda x: place(x, *(None,) * (x.ndim - 4), rows, "tensor")
@@ -317,7 +319,7 @@ def main() -> None:
         action="store_true",
         help="the decoding loop instead of the training step (GSM8K settings); figures are per forward pass",
     )
-    parser.add_argument("--method", default=METHODS[0], choices=METHODS, help="of decoding")
+    parser.add_argument("--method", default="plan_and_infill", choices=list(METHODS), help="of decoding")
     parser.add_argument("--batch", type=int, default=32, help="rows to decode")
     parser.add_argument("--prompt-length", type=int, default=512, help="longest prompt to decode")
     parser.add_argument("--json", type=pathlib.Path, metavar="FILE", help="write the figures there too")
@@ -335,7 +337,7 @@ def main() -> None:
     mesh = make_mesh(**dataclasses.asdict(config.mesh), devices=devices)
     where = arguments.topology if arguments.slices == 1 else f"{arguments.slices} slices of {arguments.topology}"
     if arguments.decode:
-        sampler = SamplerConfig(method=arguments.method)
+        sampler = sampler_config(arguments.method)
         lowered, work = decode_program(config, mesh, sampler, arguments.batch, arguments.prompt_length)
         settings = f"{arguments.batch} rows, {arguments.method}"
         program = (

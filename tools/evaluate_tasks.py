@@ -30,7 +30,7 @@ from refusion_jax.decoder import (
 )
 from refusion_jax.errors import UserError, run_main
 from refusion_jax.sampling import SamplerConfig
-from refusion_jax.sampling.config import METHODS
+from refusion_jax.sampling.methods import SUITED
 
 
 def solve(
@@ -112,7 +112,8 @@ def main(argv: Sequence[str] | None = None) -> None:
             )
         # A longer answer than the longest right one is wrong anyway: no need to decode it.
         longest = max(len(decoder.tokenizer.encode(source[i][1])) + 1 for i in chosen)
-        for method in [arguments.method] if arguments.method else METHODS:
+        fitting = SUITED[decoder.objective.kind]
+        for method in [arguments.method] if arguments.method else fitting:
             config = settings_of(arguments, decoder, method=method, gen_length=arguments.gen_length or longest)
             results.append(solve(decoder, config, source, chosen, batch_size=arguments.batch_size, seed=arguments.seed))
 

@@ -97,9 +97,8 @@ class Painter:
 
     def _place(self, sampler: SamplerConfig) -> list[list[tuple[int, int, int]]]:
         """(position, left, right) of every cell, by lines no wider than the picture; a slot stays whole if it fits."""
-        autoregressive = sampler.method == "autoregressive"
-        k = 10 if autoregressive else sampler.slot_size
-        block = 0 if autoregressive else sampler.slots // sampler.blocks * k
+        k, block = sampler.groups
+        k = k or 10
         bands, x = [[]], LABEL
         for start in range(0, len(self.cells), k):
             positions = range(start, min(start + k, len(self.cells)))

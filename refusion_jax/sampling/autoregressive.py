@@ -1,15 +1,26 @@
 """Left-to-right decoding, one token per forward: the baseline, on the same cache and in the same loop."""
 
 import dataclasses
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
 from flax import struct
 
 from refusion_jax.model.config import ModelConfig
-from refusion_jax.sampling.config import Settings
+from refusion_jax.sampling.config import SamplerConfig, Settings
 from refusion_jax.sampling.reduction import Query, Seen
 from refusion_jax.sampling.state import Canvas, Request
+
+
+@dataclasses.dataclass(frozen=True)
+class AutoregressiveConfig(SamplerConfig):
+    """One token per forward, from left to right."""
+
+    method: ClassVar[str] = "autoregressive"
+
+    def sampler(self, model: ModelConfig, batch: int, platform: str) -> "Autoregressive":
+        return Autoregressive(model, self.length)
 
 
 @struct.dataclass

@@ -1,8 +1,10 @@
 """What to decode and how: settings, their checks, and the result of one prompt."""
 
+import abc
 import dataclasses
 import math
 from collections.abc import Sequence
+from typing import Any, ClassVar
 
 import jax
 import numpy as np
@@ -11,79 +13,76 @@ from flax import struct
 from refusion_jax.errors import UserError
 from refusion_jax.model.config import ModelConfig
 
-METHODS = ("plan_and_infill", "autoregressive")
-SPECULATE = ("off", "on", "auto")
 MAX_STOP_IDS = 8  # ids that may end an answer, the model's EOS among them
 
 
-@dataclasses.dataclass(frozen=True)
-class SamplerConfig:
-    """Settings of a decoding (method section 4).
+def setting(default: Any, text: str, *, choices: tuple[str, ...] = (), traced: bool = False) -> Any:
+    """A field of a sampler's config, and its flag on a command line.
 
-    Attributes:
-      gen_length: tokens an answer may have; rounded up to a multiple of `slot_size`.
-      slot_size: k, tokens of a slot.
-      blocks: parts of the answer decoded strictly left to right; the rounded gen_length / blocks must be a multiple of
-        k.
-      slot_threshold: a slot is chosen when the confidence of its first token is above this, in [0, 1].
-      token_threshold: a draft token is accepted when its autoregressive probability is above this, in [0, 1].
-      temperature: 0 is greedy; above, drafts of a plan (and autoregressive tokens) are sampled.
-      top_k: with a temperature, sample among the k most probable ids; 0 is all.
-      top_p: with a temperature, sample among the fewest ids whose probability reaches this, in (0, 1].
-      method: "plan_and_infill", or "autoregressive" (one token per forward, slots and thresholds unused).
-      speculate: carry forwards that may be needed next in the same window ("on", "off"); "auto" decides from batch,
-        width and device. Changes the number of forwards, never a token.
-      window: most tokens of a row's window with speculation; 0 chooses it.
+    Args:
+      text: what it says and does.
+      choices: the values it may have.
+      traced: it is each request's own, and changing it compiles nothing.
     """
+    return dataclasses.field(default=default, metadata={"text": text, "choices": choices, "traced": traced})
 
-    gen_length: int = 512
-    slot_size: int = 32
-    blocks: int = 4
-    slot_threshold: float = 0.9
-    token_threshold: float = 0.4
-    temperature: float = 0.0
-    top_k: int = 0
-    top_p: float = 1.0
-    method: str = "plan_and_infill"
-    speculate: str = "auto"
-    window: int = 0
+
+@dataclasses.dataclass(frozen=True)
+class SamplerConfig(abc.ABC):
+    """What the settings of all methods have in common; each method's dataclass stands beside its sampler."""
+
+    method: ClassVar[str]
+
+    gen_length: int = setting(512, "tokens an answer may have")
+    temperature: float = setting(0.0, "0 is greedy; above, drafts are sampled", traced=True)
+    top_k: int = setting(0, "with a temperature, sample among the k most probable ids; 0: all", traced=True)
+    top_p: float = setting(
+        1.0, "with a temperature, sample among the fewest ids whose probability reaches this, in (0, 1]", traced=True
+    )
 
     def __post_init__(self):
-        for name in ("gen_length", "slot_size", "blocks"):
-            if getattr(self, name) < 1:
-                raise UserError(f"{name} is {getattr(self, name)}; it must be at least 1.")
-        for name, allowed in (("method", METHODS), ("speculate", SPECULATE)):
-            if getattr(self, name) not in allowed:
-                raise UserError(f"{name} is {getattr(self, name)!r}; choose one of {', '.join(allowed)}.")
-        if self.method == "plan_and_infill" and self.slots % self.blocks:
-            raise UserError(
-                f"gen_length {self.slots * self.slot_size} (rounded up to whole slots) in {self.blocks} blocks leaves "
-                f"blocks that are no multiple of slot_size {self.slot_size}; choose blocks that divide {self.slots} "
-                "slots, or another gen_length."
-            )
-        for name in ("slot_threshold", "token_threshold"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise UserError(
-                    f"{name} is {getattr(self, name)}; it is compared with a probability and must lie in [0, 1]."
-                )
+        if self.gen_length < 1:
+            raise UserError(f"gen_length is {self.gen_length}; it must be at least 1.")
         if not 0 <= self.temperature < math.inf:
             raise UserError(f"temperature is {self.temperature}; it must be 0 (greedy) or above, and finite.")
         if self.top_k < 0:
             raise UserError(f"top_k is {self.top_k}; it must be 0 (all ids) or above.")
         if not 0 < self.top_p <= 1:
             raise UserError(f"top_p is {self.top_p}; it must lie in (0, 1], 1 being all ids.")
-        if self.window < 0:
-            raise UserError(f"window is {self.window}; it must be 0 (chosen for you) or a number of tokens.")
+        for field in dataclasses.fields(self):
+            value, choices = getattr(self, field.name), field.metadata["choices"]
+            if choices and value not in choices:
+                raise UserError(f"{field.name} is {value!r}; choose one of {', '.join(choices)}.")
 
-    @property
-    def slots(self) -> int:
-        """Slots of the whole answer."""
-        return -(-self.gen_length // self.slot_size)
+    @classmethod
+    def suited(cls, model: ModelConfig, objective: Any, given: dict[str, Any]) -> dict[str, Any]:
+        """The given settings, with others that suit the model and the objective it was trained with (None:
+        unknown).
+        """
+        return {"gen_length": min(512, model.max_position_embeddings // 2)} | given
 
     @property
     def length(self) -> int:
-        """Most tokens an answer can have: gen_length rounded up to whole slots."""
-        return self.gen_length if self.method == "autoregressive" else self.slots * self.slot_size
+        """Most tokens an answer can have."""
+        return self.gen_length
+
+    @property
+    def groups(self) -> tuple[int, int]:
+        """Tokens that are shown together, and tokens of a block that is written before the next; 0: no such thing."""
+        return 0, 0
+
+    @property
+    def static(self) -> dict[str, Any]:
+        """The settings that are compiled in; the others are each request's own."""
+        names = [field.name for field in dataclasses.fields(self) if not field.metadata["traced"]]
+        return {"method": self.method} | {name: getattr(self, name) for name in names}
+
+    def check(self, model: ModelConfig) -> None:
+        """Raises a UserError where the model cannot be decoded in this way."""
+
+    @abc.abstractmethod
+    def sampler(self, model: ModelConfig, batch: int, platform: str) -> Any:
+        """The static part of a decoding: what compiled programs are kept by (see programs.py)."""
 
 
 @struct.dataclass
@@ -91,18 +90,18 @@ class Settings:
     """The part of a request's settings that is traced, of one row: changing it compiles nothing.
 
     Attributes:
-      slot_threshold, token_threshold, temperature, top_k, top_p: as in `SamplerConfig`.
+      temperature, top_k, top_p: as in `SamplerConfig`.
       limit: tokens the answer may have, at most the sampler's length.
       stop_ids: [MAX_STOP_IDS] ids that end the answer, the model's EOS first; -1 where there are fewer.
+      own: by name, the other traced settings, which are the method's own.
     """
 
-    slot_threshold: jax.Array
-    token_threshold: jax.Array
     temperature: jax.Array
     top_k: jax.Array
     top_p: jax.Array
     limit: jax.Array
     stop_ids: jax.Array
+    own: dict[str, jax.Array]
 
     @classmethod
     def of(cls, config: SamplerConfig, eos: int, *, limit: int = 0, stop_ids: Sequence[int] = ()) -> "Settings":
@@ -111,14 +110,16 @@ class Settings:
         """
         stops = np.full(MAX_STOP_IDS, -1, np.int32)
         stops[: 1 + len(stop_ids)] = [eos, *stop_ids]
+        common = [field.name for field in dataclasses.fields(SamplerConfig)]
+        traced = [field for field in dataclasses.fields(config) if field.metadata["traced"]]
+        of_type = lambda field: np.float32 if isinstance(field.default, float) else np.int32
         return cls(
-            slot_threshold=np.float32(config.slot_threshold),
-            token_threshold=np.float32(config.token_threshold),
             temperature=np.float32(config.temperature),
             top_k=np.int32(config.top_k),
             top_p=np.float32(config.top_p),
             limit=np.int32(limit or config.length),
             stop_ids=stops,
+            own={f.name: of_type(f)(getattr(config, f.name)) for f in traced if f.name not in common},
         )
 
     def stops(self, tokens: jax.Array) -> jax.Array:
@@ -186,11 +187,7 @@ def check_prompts(prompts: Sequence[Sequence[int]], model: ModelConfig, sampler:
             "The model has no end-of-sequence token (eos_token_id is not set); decode with a tokenizer or a "
             "checkpoint that names it."
         )
-    if sampler.method == "plan_and_infill" and model.mask_token_id is None:
-        raise UserError(
-            "The model has no mask token (mask_token_id is not set), so it cannot plan. Use a checkpoint trained "
-            "with the ReFusion objective, or method='autoregressive'."
-        )
+    sampler.check(model)
     for index, prompt in enumerate(prompts):
         where = f"Prompt {index}"
         if len(prompt) == 0:

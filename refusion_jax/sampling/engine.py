@@ -10,7 +10,6 @@ What it runs is compiled in programs.py.
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Any
 
 import chex
 import jax
@@ -27,7 +26,6 @@ from refusion_jax.sampling.state import Request
 # less.
 PREFILL_TOKENS = 256
 PREFILL_WIDTHS = (16, 64, 256)
-STATIC = ("method", "gen_length", "slot_size", "blocks", "speculate", "window")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,8 +34,8 @@ class Prompt:
 
     Attributes:
       tokens: ids of the prompt.
-      config: its traced part (thresholds, temperature, top-k, top-p) is this request's own; the rest must be the
-        engine's.
+      config: its traced part (thresholds, temperature, top-k, top-p) is this request's own; its `static` part must be
+        the engine's.
       index: returned with the answer; with `seed` it chooses the random stream.
       limit: tokens the answer may have; 0: as many as the engine's config says.
       stop_ids: ids that end the answer besides the model's EOS.
@@ -49,11 +47,6 @@ class Prompt:
     seed: int = 0
     limit: int = 0
     stop_ids: tuple[int, ...] = ()
-
-
-def static_part(config: SamplerConfig) -> dict[str, Any]:
-    """The settings that are compiled in; the others are each request's own."""
-    return {name: getattr(config, name) for name in STATIC}
 
 
 class Engine:
@@ -89,7 +82,8 @@ class Engine:
         self._programs = programs(self.sampler, mesh)
         self._params = decode_params(params, mesh)
         self.cache_length = self._needed(max_prompt_length)
-        self._state = self._programs.empty(self.batch, self.cache_length)
+        settings = Settings.of(config, model.eos_token_id)
+        self._state = self._programs.empty(settings, self.batch, self.cache_length)
         self._owner: list[Prompt | None] = [None] * self.batch
         self._left: dict[int, int] = {}  # of rows that do not decode yet: prompt tokens in the cache
         self.steps = 0  # passes of the whole batch
@@ -175,10 +169,10 @@ class Engine:
         return cache_bucket(prompt_length + self.sampler.length + self.sampler.window)
 
     def _check_request(self, prompt: Prompt) -> None:
-        if static_part(prompt.config) != static_part(self.config):
+        if prompt.config.static != self.config.static:
             raise UserError(
-                f"Request {prompt.index} wants {static_part(prompt.config)}, but this engine was made for "
-                f"{static_part(self.config)}. Use another engine; for a shorter answer set `limit`."
+                f"Request {prompt.index} wants {prompt.config.static}, but this engine was made for "
+                f"{self.config.static}. Use another engine; for a shorter answer set `limit`."
             )
         if not 0 <= prompt.limit <= self.sampler.length:
             raise UserError(f"Request {prompt.index} has limit {prompt.limit}; choose from 1 to {self.sampler.length}.")

@@ -16,18 +16,115 @@ All functions are of one row; the engine maps them over the batch, rows in diffe
 """
 
 import dataclasses
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
 from flax import struct
 
+from refusion_jax.errors import UserError
 from refusion_jax.model.config import ModelConfig
 from refusion_jax.sampling import speculation
-from refusion_jax.sampling.config import Settings
+from refusion_jax.sampling.config import SamplerConfig, Settings, setting
 from refusion_jax.sampling.reduction import Query, Seen
 from refusion_jax.sampling.state import Canvas, Request, first, select
 
 PLAN, VERIFY, COMPLETE = range(3)
+
+# Tokens a forward takes in about the time that reading the weights takes, on chips made for this.
+FREE_TOKENS = 160
+# On a CPU every token costs, the first ones less: 8, 16 and 32 tokens take 2.4, 3.3 and 5 times as long as one. So
+# forwards are no wider than their rows need, in a few widths, and carry more than that up to so many tokens only.
+CPU_FREE_TOKENS = 32
+CPU_WIDTHS = (4, 2, 1)  # parts of a window
+
+
+@dataclasses.dataclass(frozen=True)
+class PlanAndInfillConfig(SamplerConfig):
+    """ReFusion's decoding (method section 4). gen_length is rounded up to whole slots."""
+
+    method: ClassVar[str] = "plan_and_infill"
+
+    slot_size: int = setting(32, "k, tokens of a slot")
+    blocks: int = setting(4, "parts decoded strictly left to right; the rounded gen_length / blocks is whole slots")
+    slot_threshold: float = setting(
+        0.9, "choose slots whose first token has a confidence above this, in [0, 1]", traced=True
+    )
+    token_threshold: float = setting(
+        0.4, "accept drafts whose autoregressive probability is above this, in [0, 1]", traced=True
+    )
+    speculate: str = setting(
+        "auto",
+        "carry tokens that may be needed next in the same forward; auto decides from batch, width and device. Changes "
+        "the number of forwards, never a token",
+        choices=("off", "on", "auto"),
+    )
+    window: int = setting(0, "most tokens of a row's window with speculation; 0: chosen")
+
+    def __post_init__(self):
+        super().__post_init__()
+        for name in ("slot_size", "blocks"):
+            if getattr(self, name) < 1:
+                raise UserError(f"{name} is {getattr(self, name)}; it must be at least 1.")
+        if self.slots % self.blocks:
+            raise UserError(
+                f"gen_length {self.length} (rounded up to whole slots) in {self.blocks} blocks leaves blocks that are "
+                f"no multiple of slot_size {self.slot_size}; choose blocks that divide {self.slots} slots, or another "
+                "gen_length."
+            )
+        for name in ("slot_threshold", "token_threshold"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise UserError(
+                    f"{name} is {getattr(self, name)}; it is compared with a probability and must lie in [0, 1]."
+                )
+        if self.window < 0:
+            raise UserError(f"window is {self.window}; it must be 0 (chosen for you) or a number of tokens.")
+
+    @classmethod
+    def suited(cls, model: ModelConfig, objective: Any, given: dict[str, Any]) -> dict[str, Any]:
+        """Its largest slot size, and blocks of about 4 slots."""
+        given = super().suited(model, objective, given)
+        k = given.setdefault("slot_size", max(getattr(objective, "slot_sizes", ()) or [cls.slot_size]))
+        if k > 0 and given["gen_length"] > 0:  # else the config says what is wrong
+            slots = -(-given["gen_length"] // k)
+            given.setdefault("blocks", slots // next(n for n in range(min(4, slots), slots + 1) if slots % n == 0))
+        return given
+
+    @property
+    def slots(self) -> int:
+        """Slots of the whole answer."""
+        return -(-self.gen_length // self.slot_size)
+
+    @property
+    def length(self) -> int:
+        return self.slots * self.slot_size
+
+    @property
+    def groups(self) -> tuple[int, int]:
+        return self.slot_size, self.length // self.blocks
+
+    def check(self, model: ModelConfig) -> None:
+        if model.mask_token_id is None:
+            raise UserError(
+                "The model has no mask token (mask_token_id is not set), so it cannot plan. Use a checkpoint trained "
+                "with the ReFusion objective, or the method autoregressive."
+            )
+
+    def sampler(self, model: ModelConfig, batch: int, platform: str) -> "PlanAndInfill":
+        n, k, cpu = self.slots // self.blocks, self.slot_size, platform == "cpu"
+        auto = 0 if cpu else FREE_TOKENS // batch
+        tokens = {"off": 0, "auto": auto, "on": max(FREE_TOKENS, 2 * n * k)}[self.speculate]
+        carry = self.speculate != "off"
+        chunks = max(n, (self.window or tokens) // k) if carry else n
+        return PlanAndInfill(
+            model,
+            slots=n,
+            slot_size=k,
+            blocks=self.blocks,
+            widths=tuple(sorted({-(-chunks // part) * k for part in (CPU_WIDTHS if cpu else (1,))})),
+            carry=carry,
+            free=CPU_FREE_TOKENS // batch if cpu and self.speculate == "auto" and not self.window else chunks * k,
+        )
 
 
 @struct.dataclass
@@ -222,7 +319,7 @@ class PlanAndInfill:
     def rejected(self, row: Row, main: Seen) -> jax.Array:
         """[n, k]: tokens whose probability, given the one before, is too low; not the accepted ones and one more."""
         given = jnp.roll(main.next_prob, 1, axis=1)
-        return (jnp.arange(self.slot_size) > row.prefix[:, None]) & (given <= row.settings.token_threshold)
+        return (jnp.arange(self.slot_size) > row.prefix[:, None]) & (given <= row.settings.own["token_threshold"])
 
     def verify(self, row: Row, main: Seen, guess: speculation.Guess) -> Outcome:
         """Method section 4, step 2: the leading run of accepted tokens of all drafts together; without a whole
@@ -300,7 +397,7 @@ class PlanAndInfill:
     def choose(self, row: Row, draft: Seen) -> Row:
         """Method section 4, step 1: a round with the slots whose first token is sure enough, or the best one."""
         score = jnp.where(row.remaining, draft.draft_prob[:, 0], -1)
-        chosen = score > row.settings.slot_threshold
+        chosen = score > row.settings.own["slot_threshold"]
         return row.replace(
             phase=jnp.int32(VERIFY),
             round=row.round + 1,

@@ -24,17 +24,8 @@ from refusion_jax.model.head import over_vocabulary
 from refusion_jax.model.qwen3 import Qwen3, unstacked
 from refusion_jax.parallel import sharding
 from refusion_jax.sampling import reduction
-from refusion_jax.sampling.autoregressive import Autoregressive
-from refusion_jax.sampling.config import MAX_STOP_IDS, SamplerConfig, Settings
-from refusion_jax.sampling.plan_and_infill import PlanAndInfill
+from refusion_jax.sampling.config import SamplerConfig, Settings
 from refusion_jax.sampling.state import Canvas, Request, State
-
-# Tokens a forward takes in about the time that reading the weights takes, on chips made for this.
-FREE_TOKENS = 160
-# On a CPU every token costs, the first ones less: 8, 16 and 32 tokens take 2.4, 3.3 and 5 times as long as one. So
-# forwards are no wider than their rows need, in a few widths, and carry more than that up to so many tokens only.
-CPU_FREE_TOKENS = 32
-CPU_WIDTHS = (4, 2, 1)  # parts of a window
 
 
 @struct.dataclass
@@ -70,29 +61,10 @@ def scans(mesh: Mesh | None) -> bool:
     return _platform(mesh) == "tpu"
 
 
-def make_sampler(
-    model: ModelConfig, config: SamplerConfig, batch: int, mesh: Mesh | None = None
-) -> PlanAndInfill | Autoregressive:
+def make_sampler(model: ModelConfig, config: SamplerConfig, batch: int, mesh: Mesh | None = None) -> Any:
     """The static part of a decoding with these settings: what compiled programs are kept by."""
-    platform = _platform(mesh)
     model = dataclasses.replace(model, remat="none", scan_layers=scans(mesh))
-    if config.method == "autoregressive":
-        return Autoregressive(model, config.gen_length)
-    n, k = config.slots // config.blocks, config.slot_size
-    cpu = platform == "cpu"
-    auto = 0 if cpu else FREE_TOKENS // batch
-    tokens = {"off": 0, "auto": auto, "on": max(FREE_TOKENS, 2 * n * k)}[config.speculate]
-    carry = config.speculate != "off"
-    chunks = max(n, (config.window or tokens) // k) if carry else n
-    return PlanAndInfill(
-        model,
-        slots=n,
-        slot_size=k,
-        blocks=config.blocks,
-        widths=tuple(sorted({-(-chunks // part) * k for part in (CPU_WIDTHS if cpu else (1,))})),
-        carry=carry,
-        free=CPU_FREE_TOKENS // batch if cpu and config.speculate == "auto" and not config.window else chunks * k,
-    )
+    return config.sampler(model, batch, _platform(mesh))
 
 
 def cache_bucket(entries: int) -> int:
@@ -103,11 +75,9 @@ def cache_bucket(entries: int) -> int:
     return power if power < 512 or entries > power * 3 // 4 else power * 3 // 4
 
 
-def empty(sampler, batch: int, cache_length: int) -> State:
-    """A batch without requests: every row is done."""
-    settings = Settings(
-        *(jnp.float32(0),) * 3, jnp.int32(0), jnp.float32(1), jnp.int32(0), jnp.zeros(MAX_STOP_IDS, int)
-    )
+def empty(sampler, settings: Settings, batch: int, cache_length: int) -> State:
+    """A batch without requests: every row is done. `settings` are any of this method."""
+    settings = jax.tree.map(jnp.asarray, settings)
     row = sampler.start(Request(jnp.int32(1), jnp.int32(0), jax.random.key(0), settings)).replace(done=jnp.bool_(True))
     rows = jax.tree.map(lambda x: jnp.broadcast_to(x, (batch, *x.shape)), row)
     return State(KVCache.empty(sampler.model, batch, cache_length), rows).placed()
@@ -221,11 +191,11 @@ class Programs:
 
 
 @functools.cache
-def programs(sampler: PlanAndInfill | Autoregressive, mesh: Mesh | None) -> Programs:
+def programs(sampler: Any, mesh: Mesh | None) -> Programs:
     """Equal samplers on equal meshes share their programs."""
     on_mesh = functools.partial(sharding.OnMesh, mesh, sharding.DECODE_RULES)
     return Programs(
-        empty=on_mesh(functools.partial(empty, sampler), static_argnums=(0, 1)),
+        empty=on_mesh(functools.partial(empty, sampler), static_argnums=(1, 2)),
         run=on_mesh(functools.partial(run, sampler), donate_argnums=1),
         prefill=on_mesh(functools.partial(prefill, sampler), donate_argnums=1),
         stop=on_mesh(stop, donate_argnums=0),

@@ -70,7 +70,7 @@ def carry(
     # Every place a draft may be rejected at, the likely ones (low confidence) first, in the order they are met.
     unsure = row.chosen & ~row.predicting & (row.prefix < k) & (stop_at >= row.prefix) & drafted
     guess = unsure[:, None] & (column > row.prefix[:, None])
-    return Carried(plan, next_block, guess, likely=row.confidence <= row.settings.token_threshold)
+    return Carried(plan, next_block, guess, likely=row.confidence <= row.settings.own["token_threshold"])
 
 
 def follow(

@@ -1,0 +1,57 @@
+"""The methods of decoding by name, and which of them can decode a model that was trained with which objective."""
+
+import dataclasses
+from typing import Any
+
+from refusion_jax.errors import UserError
+from refusion_jax.sampling.autoregressive import AutoregressiveConfig
+from refusion_jax.sampling.config import SamplerConfig
+from refusion_jax.sampling.plan_and_infill import PlanAndInfillConfig
+
+METHODS: dict[str, type[SamplerConfig]] = {
+    "plan_and_infill": PlanAndInfillConfig,
+    "autoregressive": AutoregressiveConfig,
+}
+# By the objective's kind; the first is what it was made for. A model without a record of its training can be decoded
+# in any way.
+SUITED = {
+    "refusion": ("plan_and_infill", "autoregressive"),
+    "autoregressive": ("autoregressive", "plan_and_infill"),
+}
+
+
+def sampler_config(method: str, **settings: Any) -> SamplerConfig:
+    """The settings of a method.
+
+    Raises:
+      UserError: there is no such method, or it has no such setting, or not of this value.
+    """
+    if method not in METHODS:
+        raise UserError(f"method is {method!r}; choose one of {', '.join(METHODS)}.")
+    names = lambda method: [field.name for field in dataclasses.fields(METHODS[method])]
+    for name in settings:
+        if name not in names(method):
+            having = [other for other in METHODS if name in names(other)]
+            raise UserError(
+                f"The method {method} has no setting {name!r}; "
+                + (f"it is one of {', '.join(having)}." if having else f"it has {', '.join(names(method))}.")
+            )
+    return METHODS[method](**settings)
+
+
+def suited(objective: Any, method: str | None) -> str:
+    """The method that decodes a model trained with an objective (None: unknown): the given one, or what suits it.
+
+    Raises:
+      UserError: the model cannot be decoded so.
+    """
+    fitting = SUITED.get(objective.kind, ()) if objective else tuple(METHODS)
+    if method is None and fitting:
+        return fitting[0]
+    if method not in fitting:
+        instead = f"decode it with {' or '.join(fitting)}" if fitting else "no method here decodes such a model"
+        raise UserError(
+            f"A model of the objective {objective.kind!r} cannot be decoded with the method {method or '(any)'}: "
+            f"{instead}."
+        )
+    return method
