@@ -16,11 +16,13 @@ from ml_collections import ConfigDict
 from refusion_jax.errors import UserError
 from refusion_jax.model.config import ModelConfig, from_huggingface, qwen3
 from refusion_jax.objective.autoregressive import Autoregressive
+from refusion_jax.objective.block import Block
 from refusion_jax.objective.masked import Masked
 from refusion_jax.objective.refusion import Refusion
+from refusion_jax.objective.sedd import Sedd
 from refusion_jax.settings import build, choice, not_negative, positive
 
-Objective = Refusion | Masked | Autoregressive  # `kind` says which
+Objective = Refusion | Masked | Block | Sedd | Autoregressive  # `kind` says which
 OBJECTIVES = typing.get_args(Objective)
 SOURCE_KINDS = ("json", "jsonl", "tfds", "parquet", "array_record", "text", "procedural")
 
@@ -75,7 +77,11 @@ class DataConfig:
       max_examples_per_row: static maximum of examples in a row; 0: chosen from the data.
       response_multiple: responses are filled with EOS tokens, which are learnt like others, to a multiple of so many
         tokens; documents are not. For diffusion over whole responses, which has to be told where one ends.
-      cache_dir: where tokenised sources are kept; empty: the run's folder.
+      cache_dir: local folder where a run tokenises its sources; empty: the run's folder.
+      store: folder or bucket into which `refusion_jax.prepare` has tokenised the sources, which are then not read; empty:
+        the run does it itself.
+      mixture: (step, shares) for step 0 and each step at which the shares of the rows that the training sources have
+        change; empty: the sources' weights, in epochs.
       allow_change: go on with a run although its rows are no longer those of its checkpoint (other data, tokenizer,
         seed or lengths): from the same row number on, in the new rows.
     """
@@ -87,6 +93,8 @@ class DataConfig:
     max_examples_per_row: int = 0
     response_multiple: int = 1
     cache_dir: str = ""
+    store: str = ""
+    mixture: tuple[tuple[int, tuple[float, ...]], ...] = ()
     allow_change: bool = False
 
     def __post_init__(self):

@@ -24,6 +24,7 @@ from refusion_jax.data.tokenizers import load_tokenizer
 from refusion_jax.errors import UserError
 from refusion_jax.model.config import ModelConfig
 from refusion_jax.objective.autoregressive import Autoregressive
+from refusion_jax.objective.methods import METHODS
 from refusion_jax.objective.refusion import Refusion
 from refusion_jax.parallel.mesh import make_mesh
 from refusion_jax.train import with_tokenizer
@@ -71,6 +72,15 @@ def test_every_config_builds_its_sharded_state(name, repository):
         assert 0.8e8 < count < 1.2e8
 
 
+@pytest.mark.parametrize("method", METHODS)
+def test_a_config_takes_any_method_by_name(repository, method):
+    objective = load_config(f"{repository / 'configs' / 'tiny.py'}:method={method}").objective
+    own = ("slot_sizes", "mdm_weight_cap", "anneal_steps", "block_size")  # of words of a few bytes
+    same = {name: value for name, value in dataclasses.asdict(METHODS[method]).items() if name not in own}
+    assert type(objective) is type(METHODS[method])
+    assert {name: getattr(objective, name) for name in same} == same
+
+
 def test_arguments_and_overrides(repository):
     path = str(repository / "configs" / "tiny.py")
     plain = load_config(path)
@@ -112,6 +122,7 @@ def test_a_config_survives_json(repository):
         ("absent.py", {}, "no config file absent.py"),
         ("tiny.py:stepz=3", {}, "Unknown config argument 'stepz'.*steps"),
         ("tiny.py:steps=many", {}, "steps = 'many' is not of type int"),
+        ("tiny.py:method=bert", {}, "method is 'bert'; choose one of refusion, autoregressive"),
         ("tiny.py", {"stepz": "3"}, "Unknown setting config.stepz"),
         ("tiny.py", {"optimizer.rate": "3"}, "Unknown setting config.optimizer.rate.*lr"),
         ("tiny.py", {"optimiser.lr": "3"}, "Unknown setting config.optimiser"),
@@ -127,7 +138,7 @@ def test_a_config_survives_json(repository):
         (
             "tiny.py",
             {"objective.kind": "'diffusion'"},
-            "config.objective.kind is 'diffusion'; choose one of refusion, masked, auto",
+            "config.objective.kind is 'diffusion'; choose one of refusion, masked, block, sedd, auto",
         ),
         ("tiny.py", {"objective.kind": "autoregressive"}, "Unknown setting config.objective.mdm_weight_cap"),
         ("8b.py", {"objective.loss_chunk": "256"}, "Unknown setting config.objective.loss_chunk"),
