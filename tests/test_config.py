@@ -140,7 +140,7 @@ def test_a_config_survives_json(repository):
             {"objective.kind": "'diffusion'"},
             "config.objective.kind is 'diffusion'; choose one of refusion, masked, block, sedd, auto",
         ),
-        ("tiny.py", {"objective.kind": "autoregressive"}, "Unknown setting config.objective.causal_share"),
+        ("tiny.py", {"objective.kind": "autoregressive"}, "Unknown setting config.objective.ar_weight"),
         ("8b.py", {"objective.loss_chunk": "256"}, "Unknown setting config.objective.loss_chunk"),
         ("tiny.py", {"data.train": "[{'kind': 'json'}]"}, r"config.data.train\[0\] lacks the setting path"),
         ("tiny.py", {"model.num_kv_heads": "3"}, "num_kv_heads = 3"),
