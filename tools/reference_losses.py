@@ -1,15 +1,20 @@
-"""Losses that other methods' code recorded (`losses.npz`): what `Masked.inputs` makes of their recorded draws."""
+"""Losses that other methods' code recorded (`losses*.npz`): what `inputs` of an objective makes of recorded draws."""
 
 import dataclasses
 import itertools
+import pathlib
+import tempfile
 from collections.abc import Iterator
 
 import jax.numpy as jnp
 import numpy as np
 
 from refusion_jax.model.config import ModelConfig
-from refusion_jax.objective.common import Inputs, PackedBatch
+from refusion_jax.objective import block
+from refusion_jax.objective.block import Block
+from refusion_jax.objective.common import Inputs, PackedBatch, layout
 from refusion_jax.objective.masked import METHODS, Draws, Masked, level
+from refusion_jax.objective.sedd import Sedd
 
 Batch = dict[str, np.ndarray]
 
@@ -26,25 +31,30 @@ class Case:
     """
 
     name: str
-    objective: Masked
+    objective: Masked | Block | Sedd
     inputs: Inputs
     loss: float
     grad_norm: float | None
     corrupted: np.ndarray
 
 
-def is_masked(data: Batch) -> bool:
+def is_known(data: Batch) -> bool:
     """Whether a file's losses are those of a kind that `cases` knows."""
-    return any(f"batch0/{key}" in data for key in KINDS)
+    return "word_counts" in data or any(f"batch0/{key}" in data for key in KINDS)
 
 
 def mask_token(data: Batch) -> int:
     """The id of the masks in a file, which its model may not name."""
+    if "word_counts" in data:
+        return len(data["word_counts"]) - 1
     return int(data["batch0/corrupted"][data["batch0/corrupted"] != data["batch0/tokens"]][0])
 
 
 def cases(model: ModelConfig, data: Batch) -> Iterator[Case]:
     """All losses of a file, keys `batchN/..`; its batches are padded to one shape."""
+    if "word_counts" in data:
+        yield from _spindle(model, data)
+        return
     numbers = sorted({int(key.split("/")[0].removeprefix("batch")) for key in data})
     rows, length = np.max([data[f"batch{number}/tokens"].shape for number in numbers], axis=0)
     for number in numbers:
@@ -164,6 +174,104 @@ def _blockwise(model: ModelConfig, batch: Batch):
     yield "loss", objective, objective.inputs(_rows(batch, "lengths"), model, draws)
 
 
+def _bd3(model: ModelConfig, batch: Batch):
+    """What fills a row is masked and seen, but has no part in the loss where `loss_mask` says so."""
+    low, high = (round(float(batch[name]), 6) for name in ("eps_min", "eps_max"))
+    objective = dataclasses.replace(
+        block.METHODS["bd3"],
+        block_size=int(batch["block_size"]),
+        clip=(low, high),
+        resample=bool(batch["resample"]) and (low, high) != (1e-3, 1),
+        weight="uniform" if low > 0.5 else "elbo",
+    )
+    rows, again = _rows(batch), jnp.asarray(batch["u_resample"])
+    t = np.broadcast_to(batch["t"], batch["tokens"].shape)
+    recorded = jnp.concatenate([jnp.asarray(batch["u_mask"])[None], *[u[None] for u in again]])
+    masked = objective.masks(
+        layout(rows), jnp.asarray(t), lambda round: recorded[jnp.minimum(round, len(recorded) - 1)]
+    )
+    inputs = objective.inputs(rows, model, block.Draws(jnp.asarray(t), masked))
+    counted = jnp.asarray(batch["loss_mask"], jnp.float32)
+    term = inputs.terms["mdm"]
+    term = term.replace(weights=term.weights * counted, denominator=jnp.sum(counted))
+    yield "loss", objective, inputs.replace(terms={"mdm": term})
+
+
+def _sdar(model: ModelConfig, batch: Batch):
+    """Rows of several examples, each with padding that is learnt."""
+    objective = dataclasses.replace(block.METHODS["sdar"], block_size=int(batch["block_size"]))
+    count = len(batch["u_t"])
+    prompts, lengths = (np.zeros((count, batch["u_t"].shape[1]), np.int32) for _ in range(2))
+    t = np.zeros(batch["tokens"].shape, np.float32)
+    for row, k, start, prompt, _, length in batch["samples"]:
+        if length:
+            prompts[row, k], lengths[row, k] = prompt, length
+            t[row, start : start + length] = objective.level_of(batch["u_t"][row, k])
+    # A row whose draws mask nothing, after ten tries, has one token that is masked without a draw.
+    drawn = (batch["u_mask"] < t) & (batch["labels"] != -100)
+    masked = np.where(drawn.any(axis=1, keepdims=True), drawn, batch["masked"])
+    rows = PackedBatch(jnp.asarray(batch["tokens"]), prompts, lengths, jnp.zeros(lengths.shape, jnp.uint32))
+    yield "loss", objective, objective.inputs(rows, model, block.Draws(jnp.asarray(t), jnp.asarray(masked)))
+
+
+def _dllm(model: ModelConfig, batch: Batch):
+    """dllm's block diffusion, which divides by p + 1e-6; what fills a row has no label."""
+    objective = dataclasses.replace(
+        block.METHODS["dllm"],
+        block_size=int(batch["block_size"]),
+        schedule=str(batch["schedule"]),
+        weight={"scheduler": "elbo", "uniform": "uniform"}[str(batch["weighting"])],
+        norm=str(batch["norm"]),
+    )
+    labelled = (batch["labels"] != -100).sum(axis=1) * (batch["filled"] > 0)
+    rows = _rows(batch | {"labelled": batch["prompt_lengths"] + labelled}, "labelled")
+    t = jnp.broadcast_to(jnp.asarray(batch["t"])[:, None], rows.tokens.shape)
+    p, _ = objective.probability(t)
+    masked = jnp.asarray(batch["u_mask"]) < p
+    inputs = objective.inputs(rows, model, block.Draws(t, masked))
+    term = inputs.terms["mdm"]
+    if objective.weight == "elbo":
+        term = term.replace(weights=term.weights * p / (p + 1e-6))
+    yield "loss", objective, inputs.replace(terms={"mdm": term})
+
+
+def _sedd(model: ModelConfig, batch: Batch):
+    objective = Sedd()
+    yield "loss", objective, objective.inputs(_rows(batch), model, _draws(batch["t"], batch["u_mask"]))
+
+
+def _spindle(model: ModelConfig, data: Batch) -> Iterator[Case]:
+    """DiffusionBERT's losses, keys `T{steps}_lam{strength}/lossN/..`; what pads a row, masked or not, is no part of it."""
+    with tempfile.TemporaryDirectory() as folder:
+        counts = pathlib.Path(folder) / "counts.npy"
+        np.save(counts, data["word_counts"])
+        for name in sorted({key.rsplit("/", 1)[0] for key in data if "/loss" in key and key.endswith("/corrupted")}):
+            group, loss = name.split("/")
+            steps, strength = group.removeprefix("T").split("_lam")
+            objective = Masked(
+                maskable="all",
+                schedule="spindle",
+                counts=str(counts),
+                strength=float(strength),
+                diffusion_steps=int(steps),
+                loss="diffusionbert",
+                norm="batch",
+            )
+            tokens, recorded = data[f"{group}/tokens"], lambda key, name=name: data[f"{name}/{key}"]
+            batch = {"tokens": tokens, "lengths": data[f"{group}/lengths"]}
+            batch["prompt_lengths"] = np.zeros_like(batch["lengths"])
+            t = np.full(len(tokens), (recorded("t") + 0.5) / int(steps), np.float32)
+            inputs = objective.inputs(_rows(batch, "lengths"), model, _draws(t, recorded("u_mask")))
+            yield Case(
+                f"{group} {loss}",
+                objective,
+                inputs,
+                float(recorded("loss")) / len(tokens),
+                float(recorded("grad_norm")),
+                np.where(np.arange(tokens.shape[1]) < batch["lengths"][:, None], recorded("corrupted"), tokens),
+            )
+
+
 # By a key that only batches of the kind have: of such a batch (name of the loss, objective, inputs) for every loss.
 KINDS = {
     "objective": _llada,
@@ -171,4 +279,8 @@ KINDS = {
     "bernoulli": _diffullama,
     "parameterization": _mdlm,
     "block_index": _blockwise,
+    "u_resample": _bd3,
+    "samples": _sdar,
+    "weighting": _dllm,
+    "entropy": _sedd,
 }

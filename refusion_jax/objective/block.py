@@ -172,7 +172,7 @@ class Block:
           numbers: round -> [batch, length] in [0, 1); round 0 is for all, and round i for the i-th time that blocks are
             drawn again.
         """
-        p, _ = self._probability(t)
+        p, _ = self.probability(t)
         masked = numbers(jnp.int32(0)) < p
         if not self.resample:
             return masked
@@ -202,7 +202,7 @@ class Block:
         denominator, share = normaliser(
             self.norm, where, maskable, masked, jnp.sum(batch.lengths > 0, dtype=jnp.float32)
         )
-        p, slope = self._probability(draws.t)
+        p, slope = self.probability(draws.t)
         weight = slope / p if self.weight == "elbo" else jnp.ones_like(p)
         twice = lambda x: jnp.concatenate([x, x], axis=1)
         noisy = jnp.where(masked, model.mask_token_id, batch.tokens)
@@ -218,7 +218,7 @@ class Block:
             terms={"mdm": Term(jnp.where(masked, weight / share, 0.0), denominator, jnp.float32(1))},
         )
 
-    def _probability(self, t: jax.Array) -> tuple[jax.Array, jax.Array]:
+    def probability(self, t: jax.Array) -> tuple[jax.Array, jax.Array]:
         """p and its derivative at levels t."""
         if self.schedule == "linear":
             return t, jnp.ones_like(t)

@@ -16,6 +16,8 @@ from flax import struct
 from refusion_jax.errors import UserError
 from refusion_jax.model.attention import Packed
 from refusion_jax.model.config import ModelConfig
+from refusion_jax.objective import spindle
+from refusion_jax.objective.cart import context_weights
 from refusion_jax.objective.common import (
     Inputs,
     Layout,
@@ -27,31 +29,13 @@ from refusion_jax.objective.common import (
     normaliser,
     without_mask,
 )
+from refusion_jax.objective.masked_settings import refuse_impossible, refuse_unwanted
 from refusion_jax.settings import choice, not_negative
 
 T_MIN = 1e-3  # lowest level
 # Of MDLM's code: log of the probability at its lowest level, and the highest level that it divides by.
 LOG_P_MIN = -6.9082553  # log(1 - exp(-1e-3))
 T_MAX = 1 - 1e-4
-
-# Values that published code has, and why they are not here.
-UNWANTED = {
-    (
-        "schedule",
-        "cosine",
-    ): "no published run uses it, and the bound does not depend on the schedule; take linear",
-    ("schedule", "spindle"): "it needs the count of every id of the vocabulary, and its loss is no bound; take linear",
-    ("schedule", "importance"): "it draws the same probabilities as log_uniform, which is its name here",
-    ("schedule", "change_of_variables"): "it draws the same probabilities as log_uniform, which is its name here",
-    ("weight", "focal"): "it is switched off in the code that has it; take elbo, or cart",
-    ("weight", "original"): "it is 1 / t, which is elbo here",
-    ("weight", "linear"): "it is 1-t here, since linear is a schedule",
-    (
-        "norm",
-        "micro_batch",
-    ): "means of unequal microbatches do not add up to that of the batch; masked counts over the batch",
-    ("alignment", "right"): "with logits to the right some masks would have no prediction; take shift",
-}
 
 
 @struct.dataclass
@@ -83,9 +67,11 @@ class Masked:
     Attributes:
       alignment: same (logits at i predict token i) or shift (token i + 1; the first token of an example is no target).
       maskable: response, or all tokens.
-      schedule: probability p of masking at level t, which is uniform: linear (t), log_linear (0.999 t), or log_uniform
-        (log p is linear in t, so that all weights are equal).
-      diffusion_steps: levels are multiples of 1 / diffusion_steps; 0: continuous. For log_linear.
+      schedule: probability p of masking at level t, which is uniform: linear (t), log_linear (0.999 t), log_uniform
+        (log p is linear in t, so that all weights are equal), or spindle (by the token's frequency, spindle.py; its
+        bound holds only for a reverse process that knows the frequencies).
+      counts, strength: of spindle: a .npy file with the count of every id, and how much they matter.
+      diffusion_steps: levels are multiples of 1 / diffusion_steps; 0: continuous. For log_linear and spindle.
       weight: of a masked token: elbo (p' / p, the likelihood's bound), 1-t, uniform, or cart (by the number and
         nearness of unmasked tokens).
       cart_p: of the geometric distribution of distances in cart.
@@ -93,8 +79,9 @@ class Masked:
         (examples), sequence (an example's own maskable tokens, then examples), masked_sequence (its own masked tokens,
         then examples).
       softmax: raw (over all ids) or subs (without the mask).
-      loss: cross_entropy, or d3pm: the divergence of the reverse step of `diffusion_steps`, in which the mask's own
-        probability counts, and a term for reading clean examples, whose rows are forwarded too.
+      loss: cross_entropy, or a divergence of the reverse step of `diffusion_steps`, in which the mask's own probability
+        counts: d3pm, with a term for reading clean examples, whose rows are forwarded too; or diffusionbert, with a
+        hundredth of the cross-entropy of all tokens.
       block_size: 0, or blocks that a response is cut into, of which one is drawn to be learnt; what comes before it is
         masked with probability prefix_mask_rate, what comes after it with suffix_mask_prob.
       eos_as_one: the EOS tokens that a response ends with are masked all or none.
@@ -106,6 +93,8 @@ class Masked:
     alignment: str = "same"
     maskable: str = "response"
     schedule: str = "linear"
+    counts: str = ""
+    strength: float = 0.3
     diffusion_steps: int = 0
     weight: str = "elbo"
     cart_p: float = 0.1
@@ -121,69 +110,20 @@ class Masked:
     bidirectional: ClassVar[bool] = True
 
     def __post_init__(self):
-        for (name, value), why in UNWANTED.items():
-            if getattr(self, name) == value:
-                raise UserError(f"objective.{name} = {value!r} is not supported: {why}.")
+        refuse_unwanted(self)
         choice("objective", self, "kind", ("masked",))
         choice("objective", self, "alignment", ("same", "shift"))
         choice("objective", self, "maskable", ("response", "all"))
-        choice("objective", self, "schedule", ("linear", "log_linear", "log_uniform"))
+        choice("objective", self, "schedule", ("linear", "log_linear", "log_uniform", "spindle"))
         choice("objective", self, "weight", ("elbo", "1-t", "uniform", "cart"))
         choice("objective", self, "norm", ("token", "masked", "batch", "sequence", "masked_sequence"))
         choice("objective", self, "softmax", ("raw", "subs"))
-        choice("objective", self, "loss", ("cross_entropy", "d3pm"))
-        not_negative("objective", self, "diffusion_steps", "block_size", "anneal_steps")
+        choice("objective", self, "loss", ("cross_entropy", "d3pm", "diffusionbert"))
+        not_negative("objective", self, "diffusion_steps", "block_size", "anneal_steps", "strength")
         for name in ("cart_p", "prefix_mask_rate", "suffix_mask_prob"):
             if not 0 <= getattr(self, name) <= 1:
                 raise UserError(f"objective.{name} is {getattr(self, name)}; it is a probability, from 0 to 1.")
-        for wrong, message in self._impossible():
-            if wrong:
-                raise UserError(message)
-
-    def _impossible(self) -> list[tuple[bool, str]]:
-        return [
-            (
-                self.diffusion_steps > 0 and self.schedule != "log_linear",
-                f"objective.diffusion_steps = {self.diffusion_steps} makes levels discrete, which is defined for "
-                f"schedule = 'log_linear' only, not {self.schedule!r}. Set the schedule, or diffusion_steps = 0.",
-            ),
-            (
-                self.loss == "d3pm"
-                and (
-                    self.diffusion_steps == 0
-                    or self.norm != "token"
-                    or (self.alignment, self.weight, self.block_size, self.eos_as_one, self.anneal_steps)
-                    != ("same", "elbo", 0, False, 0)
-                ),
-                "objective.loss = 'd3pm' is a bound that leaves little choice: it needs schedule = 'log_linear', a "
-                "positive diffusion_steps (1000) and norm = 'token', and alignment, weight, block_size, eos_as_one and "
-                "anneal_steps at their defaults. Set these, or loss = 'cross_entropy'.",
-            ),
-            (
-                self.weight == "1-t" and self.schedule == "log_uniform",
-                "objective.weight = '1-t' is a function of the share that is masked, which is not t under schedule = "
-                "'log_uniform'. Choose schedule = 'linear', or weight = 'elbo'.",
-            ),
-            (
-                self.weight == "cart" and self.cart_p == 0,
-                "objective.cart_p is 0, so that every weight of 'cart' is 0; choose one above 0, such as 0.1.",
-            ),
-            (
-                self.block_size > 0 and self.maskable == "all",
-                f"objective.block_size = {self.block_size} cuts responses into blocks, so the prompt cannot be masked: "
-                "set maskable = 'response', or block_size = 0.",
-            ),
-            (
-                self.block_size > 0 and (self.weight == "cart" or self.eos_as_one or self.anneal_steps > 0),
-                f"objective.block_size = {self.block_size} goes with none of weight = 'cart', eos_as_one and "
-                "anneal_steps, which are of methods that mask a whole response. Leave these at their defaults.",
-            ),
-            (
-                self.block_size == 0 and (self.prefix_mask_rate, self.suffix_mask_prob) != (0, 1),
-                "objective.prefix_mask_rate and suffix_mask_prob are about what lies before and after a block, but "
-                "block_size is 0. Set it, or leave them at 0 and 1.",
-            ),
-        ]
+        refuse_impossible(self)
 
     def corrupt(self, key: jax.Array, batch: PackedBatch, model: ModelConfig, step: jax.Array | float) -> Inputs:
         """Masks tokens; nothing moves.
@@ -197,9 +137,9 @@ class Masked:
         return self.inputs(batch, model, self.draw(key, batch, step))
 
     def per_token(
-        self, model: ModelConfig, logits: jax.Array, targets: jax.Array, t: jax.Array | None = None
+        self, model: ModelConfig, logits: jax.Array, targets: jax.Array, level: jax.Array | None = None
     ) -> TokenLoss:
-        """t: [tokens] float32, levels of D3PM's steps, 0 where the input was clean."""
+        """level: [tokens] float32, of D3PM's steps, 0 where the input was clean; or [tokens, 2], see `spindle`."""
         if self.softmax == "subs":
             logits = without_mask(model, logits)
         found = cross_entropy(logits, targets)
@@ -207,7 +147,9 @@ class Masked:
             return found
         is_mask = jnp.arange(logits.shape[-1]) == model.mask_token_id
         stays = jnp.sum(jnp.where(is_mask, jax.nn.softmax(logits, axis=-1), 0.0), axis=-1)
-        return found.replace(loss=jnp.where(t > 0, self._reverse_step(found.loss, stays, t), found.loss))
+        if self.loss == "diffusionbert":
+            return found.replace(loss=spindle.divergence(found.loss, stays, level[:, 0], level[:, 1]))
+        return found.replace(loss=jnp.where(level > 0, self._reverse_step(found.loss, stays, level), found.loss))
 
     def _reverse_step(self, entropy: jax.Array, stays: jax.Array, t: jax.Array) -> jax.Array:
         """Divergence at a mask of the step that ends at t, from its cross-entropy and the mask's own probability."""
@@ -252,7 +194,10 @@ class Masked:
         where = layout(batch)
         maskable = where.offset >= 0 if self.maskable == "response" else where.segment_ids > 0
         t = self._step_end(draws.t) if self.diffusion_steps else draws.t
-        probability, trainable = self._probability(t), maskable
+        g = None
+        if self.schedule == "spindle":
+            g = spindle.centred(spindle.frequencies(model, self.counts), batch.tokens, where.segment_ids)
+        probability, trainable = self._probability(t, g), maskable
         if self.block_size:
             block = where.offset // self.block_size
             trainable = maskable & (block == draws.block)
@@ -267,7 +212,7 @@ class Masked:
         denominator, share = normaliser(
             self.norm, where, trainable, trained, jnp.sum(batch.lengths > 0, dtype=jnp.float32)
         )
-        weights = jnp.where(trained, self._weight(t, where, masked) / share, 0.0)
+        weights = jnp.where(trained, self._weight(t, g, where, masked) / share, 0.0)
         targets = jnp.where(trained, batch.tokens, 0)
         if self.alignment == "shift":  # the first token of a row has no weight, so nothing comes round
             weights, targets = (jnp.roll(x, -1, axis=1) for x in (weights, targets))
@@ -285,29 +230,49 @@ class Masked:
         )
         if self.loss == "d3pm":
             return _with_clean_rows(inputs, batch, maskable, jnp.minimum(t, T_MAX))
+        if self.loss == "diffusionbert":
+            return self._with_unmasked(inputs, batch, maskable & ~masked, t, g)
         return inputs
+
+    def _with_unmasked(
+        self, inputs: Inputs, batch: PackedBatch, unmasked: jax.Array, t: jax.Array, g: jax.Array
+    ) -> Inputs:
+        """With targets that are not masked, and what `spindle.divergence` wants to know; t: where steps end."""
+        term, start = inputs.terms["mdm"], t - 1 / self.diffusion_steps
+        first = t < 1.5 / self.diffusion_steps
+        before = jnp.where(first, 1.0, spindle.kept(start, g, self.strength)[0])
+        return inputs.replace(
+            targets=jnp.where(unmasked, batch.tokens, inputs.targets),
+            terms={"mdm": term.replace(weights=jnp.where(unmasked, 1.0, term.weights))},
+            level=jnp.stack([jnp.where(unmasked, 0.0, before), 1 / (self.diffusion_steps * (1 - start))], axis=-1),
+        )
 
     def _step_end(self, t: jax.Array) -> jax.Array:
         """The multiple of 1 / diffusion_steps above t."""
         return jnp.minimum(jnp.floor(t * self.diffusion_steps) + 1, self.diffusion_steps) / self.diffusion_steps
 
-    def _probability(self, t: jax.Array) -> jax.Array:
+    def _probability(self, t: jax.Array, g: jax.Array | None) -> jax.Array:
+        if self.schedule == "spindle":
+            return 1 - spindle.kept(t, g, self.strength)[0]
         if self.schedule == "linear":
             return t
         if self.schedule == "log_linear":
             return (1 - T_MIN) * t
         return jnp.exp(LOG_P_MIN + t * (jnp.log1p(-T_MIN) - LOG_P_MIN))
 
-    def _weight(self, t: jax.Array, where: Layout, masked: jax.Array) -> jax.Array:
+    def _weight(self, t: jax.Array, g: jax.Array | None, where: Layout, masked: jax.Array) -> jax.Array:
         """[batch, length] float32, where masked."""
         if self.weight == "1-t":
             return 1 - t
-        if self.weight == "uniform" or self.loss == "d3pm":  # where the loss has its weight in it
+        if self.weight == "uniform" or self.loss != "cross_entropy":  # where the loss has its weight in it
             return jnp.ones_like(t)
         if self.weight == "cart":
             return context_weights((where.segment_ids > 0) & ~masked, where.segment_ids, self.cart_p)
         if self.schedule == "log_uniform":
             return jnp.full_like(t, -LOG_P_MIN)
+        if self.schedule == "spindle":
+            share, slope = spindle.kept(t, g, self.strength)
+            return -slope / (1 - share)
         return 1 / (jnp.minimum(t, T_MAX) if self.diffusion_steps else t)
 
 
@@ -335,29 +300,6 @@ def _with_clean_rows(inputs: Inputs, batch: PackedBatch, maskable: jax.Array, t:
     )
 
 
-def context_weights(clean: jax.Array, segment_ids: jax.Array, p: float) -> jax.Array:
-    """Weights of CART: the sum over a token's unmasked neighbours, in its example, of p (1 - p)^(distance - 1) / 2.
-
-    Args:
-      clean: [batch, length] bool, tokens that are not masked.
-      segment_ids: [batch, length] int32.
-
-    Returns:
-      [batch, length] float32.
-    """
-
-    def behind(clean, segment_ids):
-        """Of the neighbours before a token: the sum is that of the one before, decayed, and that one's own part."""
-        same = jnp.pad(segment_ids[:, 1:] == segment_ids[:, :-1], ((0, 0), (1, 0)))
-        own = jnp.where(same, jnp.roll(clean, 1, axis=1) * 0.5 * p, 0.0)
-        decay = jnp.where(same, 1 - p, 0.0)
-        then = lambda a, b: (a[0] * b[0], a[1] * b[0] + b[1])
-        return jax.lax.associative_scan(then, (decay, own), axis=1)[1]
-
-    ahead = jnp.flip(behind(jnp.flip(clean, 1), jnp.flip(segment_ids, 1)), 1)
-    return behind(clean, segment_ids) + ahead
-
-
 def _tail_as_one(batch: PackedBatch, where: Layout, maskable: jax.Array, model: ModelConfig, u: jax.Array) -> jax.Array:
     """`u` with one number, that of the first, for all EOS tokens at the end of a response."""
     if model.eos_token_id is None:
@@ -383,5 +325,7 @@ METHODS = {
     "d3pm": Masked(maskable="all", schedule="log_linear", norm="token", loss="d3pm", diffusion_steps=1000),
     "dream": Masked(alignment="shift", norm="masked"),
     "diffullama": Masked(alignment="shift", norm="masked", anneal_steps=10000),
+    # "diffusionbert": Masked(maskable="all", schedule="spindle", norm="batch", loss="diffusionbert",
+    # diffusion_steps=2048, counts=...)
     "blockwise_sft": Masked(block_size=32, weight="uniform", norm="masked_sequence"),
 }
