@@ -153,7 +153,8 @@ def parse_mesh(text: str) -> Mesh:
             f"--mesh is {text!r}; give three numbers data,fsdp,tensor such as 1,1,4, of which one may be -1 (the rest)."
         ) from None
     wanted = data * fsdp * tensor
-    return make_mesh(data, fsdp, tensor, devices=jax.devices()[:wanted] if min(sizes) > 0 else None)
+    own = jax.local_devices()  # of several processes each decodes by itself
+    return make_mesh(data, fsdp, tensor, devices=own[:wanted] if min(sizes) > 0 else own)
 
 
 # --- The same from a command line: flags that several commands have.
