@@ -174,6 +174,36 @@ def test_limit_and_stop_ids_end_an_answer(method):
         assert found["stop"] == whole.tokens[: whole.tokens.index(stop) + 1]
 
 
+@pytest.mark.parametrize("method", ["plan_and_infill", "autoregressive"])
+def test_a_short_answer_takes_positions_and_cache_for_itself_only(method):
+    config = {"plan_and_infill": CONFIG, "autoregressive": AutoregressiveConfig(CONFIG.gen_length)}[method]
+    prompt = (PROMPTS[0] * 240)[: MODEL.max_position_embeddings - 12]  # 12: a limit of 9, rounded up to whole slots
+
+    def decode(model, limit):
+        engine = Engine(PARAMS, model, config, 1, max_prompt_length=model.max_position_embeddings - config.length)
+        before = engine.cache_length
+        engine.add(Prompt(prompt, config, limit=limit))
+        (answer,) = engine.step(1000)
+        assert engine.cache_length == before
+        return answer
+
+    roomy = dataclasses.replace(MODEL, max_position_embeddings=512)
+    assert decode(MODEL, 9) == decode(roomy, 9)
+    with pytest.raises(UserError, match="positions, more than"):
+        decode(MODEL, 0)
+
+
+def test_stream_of_a_prompt_is_chosen_apart_from_its_index():
+    config = dataclasses.replace(CONFIG, temperature=2.0)
+    engine = Engine(PARAMS, MODEL, config, 2, max_prompt_length=60)
+    engine.add(Prompt(PROMPTS[0], config, index=7))
+    (seventh,) = engine.step(1000)
+    engine.add(Prompt(PROMPTS[0], config, index=1, stream=7))
+    engine.add(Prompt(PROMPTS[0], config, index=2, stream=8))
+    first, second = sorted(engine.step(1000) + engine.step(1000), key=lambda answer: answer.index)
+    assert contents(first) == contents(seventh) != contents(second)
+
+
 def test_engines_interleave_and_leave_nothing_behind():
     """Two engines on different meshes step in turn, one is abandoned; the caller's context stays its own."""
     model = dataclasses.replace(MODEL, num_kv_heads=2)

@@ -19,6 +19,9 @@ class AutoregressiveConfig(SamplerConfig):
 
     method: ClassVar[str] = "autoregressive"
 
+    def up_to(self, limit: int) -> int:
+        return min(limit, self.length) or self.length
+
     def sampler(self, model: ModelConfig, batch: int, platform: str) -> "Autoregressive":
         return Autoregressive(model, self.length)
 

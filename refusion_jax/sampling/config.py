@@ -71,6 +71,10 @@ class SamplerConfig(abc.ABC):
         """Tokens that are shown together, and tokens of a block that is written before the next; 0: no such thing."""
         return 0, 0
 
+    def up_to(self, limit: int) -> int:
+        """Positions that an answer of at most `limit` tokens takes; 0: of the longest."""
+        return self.length
+
     @property
     def static(self) -> dict[str, Any]:
         """The settings that are compiled in; the others are each request's own."""
@@ -180,8 +184,10 @@ class Generation:
         )
 
 
-def check_prompts(prompts: Sequence[Sequence[int]], model: ModelConfig, sampler: SamplerConfig) -> None:
-    """Raises a UserError that names the first prompt that cannot be decoded, or what the model lacks."""
+def check_prompts(prompts: Sequence[Sequence[int]], model: ModelConfig, sampler: SamplerConfig, limit: int = 0) -> None:
+    """Raises a UserError that names the first prompt that cannot be decoded, or what the model lacks; `limit`: of the
+    answers' tokens, if they are to be shorter than the sampler's.
+    """
     if model.eos_token_id is None:
         raise UserError(
             "The model has no end-of-sequence token (eos_token_id is not set); decode with a tokenizer or a "
@@ -204,9 +210,10 @@ def check_prompts(prompts: Sequence[Sequence[int]], model: ModelConfig, sampler:
                 f"{where} contains the mask token (id {model.mask_token_id}) at index "
                 f"{int((ids == model.mask_token_id).argmax())}; remove it, only responses are masked."
             )
-        total = len(prompt) + sampler.length
+        length = sampler.up_to(limit)
+        total = len(prompt) + length
         if total > model.max_position_embeddings:
             raise UserError(
-                f"{where} has {len(prompt)} tokens; with gen_length {sampler.length} that is {total} positions, more "
+                f"{where} has {len(prompt)} tokens; with gen_length {length} that is {total} positions, more "
                 f"than the model's {model.max_position_embeddings}. Shorten the prompt or gen_length."
             )

@@ -39,6 +39,7 @@ class Prompt:
       index: returned with the answer; with `seed` it chooses the random stream.
       limit: tokens the answer may have; 0: as many as the engine's config says.
       stop_ids: ids that end the answer besides the model's EOS.
+      stream: chooses the random stream in place of the index, where that only tells requests apart.
     """
 
     tokens: Sequence[int]
@@ -47,6 +48,7 @@ class Prompt:
     seed: int = 0
     limit: int = 0
     stop_ids: tuple[int, ...] = ()
+    stream: int | None = None
 
 
 class Engine:
@@ -95,12 +97,12 @@ class Engine:
         Raises:
           UserError: the prompt and the model do not fit together, or its settings need another engine.
         """
-        check_prompts([prompt.tokens], self.model, prompt.config)
+        check_prompts([prompt.tokens], self.model, prompt.config, prompt.limit)
         self._check_request(prompt)
         row = next((row for row, owner in enumerate(self._owner) if owner is None), None)
         if row is None:
             return None
-        needed = self._needed(len(prompt.tokens))
+        needed = self._needed(len(prompt.tokens), prompt.limit)
         if needed > self.cache_length:
             self.cache_length = needed
             self._state = self._programs.grow(self._state, needed)
@@ -165,8 +167,8 @@ class Engine:
         """Rows with a request."""
         return sum(owner is not None for owner in self._owner)
 
-    def _needed(self, prompt_length: int) -> int:
-        return cache_bucket(prompt_length + self.sampler.length + self.sampler.window)
+    def _needed(self, prompt_length: int, limit: int = 0) -> int:
+        return cache_bucket(prompt_length + self.config.up_to(limit) + self.sampler.window)
 
     def _check_request(self, prompt: Prompt) -> None:
         if prompt.config.static != self.config.static:
@@ -222,6 +224,6 @@ class Engine:
             count=np.int32(count),
             last=np.bool_(at + count == total),
             seed=np.uint32(prompt.seed),
-            index=np.uint32(prompt.index),
+            index=np.uint32(prompt.index if prompt.stream is None else prompt.stream),
             request=Request(np.int32(len(prompt.tokens)), np.int32(prompt.tokens[-1]), None, settings),
         )

@@ -103,6 +103,10 @@ class PlanAndInfillConfig(SamplerConfig):
     def groups(self) -> tuple[int, int]:
         return self.slot_size, self.length // self.blocks
 
+    def up_to(self, limit: int) -> int:
+        """Whole slots."""
+        return min(-(-limit // self.slot_size) * self.slot_size, self.length) or self.length
+
     def check(self, model: ModelConfig) -> None:
         if model.mask_token_id is None:
             raise UserError(
