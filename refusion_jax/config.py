@@ -67,6 +67,22 @@ class SourceConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class MixtureConfig:
+    """Shares of the rows that the training sources have from a step on, in their order; they need not add up to 1."""
+
+    step: int
+    shares: tuple[float, ...]
+
+    def __post_init__(self):
+        not_negative("data.mixture", self, "step")
+        if min(self.shares, default=-1) < 0 or not sum(self.shares):
+            raise UserError(
+                f"data.mixture has the shares {self.shares} from step {self.step} on; none may be negative, and not "
+                "all 0."
+            )
+
+
+@dataclasses.dataclass(frozen=True)
 class DataConfig:
     """What is trained and evaluated on.
 
@@ -78,10 +94,10 @@ class DataConfig:
       response_multiple: responses are filled with EOS tokens, which are learnt like others, to a multiple of so many
         tokens; documents are not. For diffusion over whole responses, which has to be told where one ends.
       cache_dir: local folder where a run tokenises its sources; empty: the run's folder.
-      store: folder or bucket into which `refusion_jax.prepare` has tokenised the sources, which are then not read; empty:
-        the run does it itself.
-      mixture: (step, shares) for step 0 and each step at which the shares of the rows that the training sources have
-        change; empty: the sources' weights, in epochs.
+      store: folder or bucket into which `refusion_jax.prepare` has tokenised the sources, which are then not read;
+        empty: the run does it itself.
+      mixture: shares of the training sources from step 0 on and from each step on at which they change; empty: the
+        sources' weights, in epochs.
       allow_change: go on with a run although its rows are no longer those of its checkpoint (other data, tokenizer,
         seed or lengths): from the same row number on, in the new rows.
     """
@@ -94,7 +110,7 @@ class DataConfig:
     response_multiple: int = 1
     cache_dir: str = ""
     store: str = ""
-    mixture: tuple[tuple[int, tuple[float, ...]], ...] = ()
+    mixture: tuple[MixtureConfig, ...] = ()
     allow_change: bool = False
 
     def __post_init__(self):

@@ -86,6 +86,8 @@ def _train(config: Config, workdir: pathlib.Path, resources: contextlib.ExitStac
         f"{config.data.max_length} tokens"
     )
     progress.say(f"data {rows.report}")
+    for name, tokens, passes in rows.seen(total * config.batch_size):
+        progress.say(f"  {name}: {tokens:,} tokens in the whole run, {passes:.3g} passes")
     checkpoints = orbax.Checkpoints(workdir, config.keep_last, config.keep_best)
     resources.enter_context(contextlib.closing(checkpoints))
     meta = describe(config, rows, checkpoints)
@@ -188,8 +190,10 @@ def open_data(
         response_multiple=config.data.response_multiple,
         seed=config.seed,
         cache_dir=config.data.cache_dir or workdir / "cache",
+        store=config.data.store,
     )
-    rows = pipeline.load_rows(config.data.train, tokenizer, **settings)
+    mixture = tuple((m.step * config.batch_size, m.shares) for m in config.data.mixture)
+    rows = pipeline.load_rows(config.data.train, tokenizer, mixture=mixture, **settings)
     if not config.data.evaluation:
         return rows, None
     return rows, pipeline.load_rows(config.data.evaluation, tokenizer, shuffle=False, **settings)

@@ -5,13 +5,17 @@ import json
 import numpy as np
 import pytest
 
-from refusion_jax.data.cache import example_ids
-from refusion_jax.data.packing import examples_per_row, pack
+from refusion_jax.data.packing import examples_per_row, pack, pack_into, rows_needed
+from refusion_jax.data.preparation import example_ids
 from refusion_jax.data.tokenizers import load_tokenizer
 
 
 def rng(seed=0):
     return np.random.default_rng(seed)
+
+
+def limit_of(lengths, max_length):
+    return examples_per_row(len(lengths), lengths.sum(), lengths.min(), max_length)
 
 
 def loads(plan, lengths):
@@ -29,6 +33,23 @@ def test_every_example_once_within_the_limits(count, max_length, max_examples, s
     sizes = np.array([len(plan[row]) for row in range(len(plan))])
     assert sizes.min() >= 1 and sizes.max() <= max_examples
     assert loads(plan, lengths).max() <= max_length
+
+
+@pytest.mark.parametrize("shuffle", [True, False])
+@pytest.mark.parametrize(
+    "count, low, high, limit", [(1, 5, 6, 9), (2000, 1, 80, 20), (4000, 33, 64, 9), (40, 64, 65, 9)]
+)
+def test_every_pass_needs_the_same_number_of_rows(count, low, high, limit, shuffle):
+    lengths = rng(count).integers(low, high, count)
+    rows = rows_needed(lengths, 64 if high < 66 else 256, limit, shuffle)
+    orders = set()
+    for number in range(4):
+        plan = pack_into(rows, lengths, 64 if high < 66 else 256, limit, (7, number, 0) if shuffle else None)
+        assert len(plan) == rows and sorted(plan.order) == list(range(count))
+        sizes = np.diff(plan.starts)
+        assert sizes.min() >= 1 and sizes.max() <= limit and loads(plan, lengths).max() <= 256
+        orders.add(tuple(plan.order))
+    assert len(orders) == (1 if count == 1 or not shuffle else 4)
 
 
 def test_no_examples_no_rows():
@@ -69,11 +90,11 @@ def test_padding_of_the_released_sample(test_data):
     tokenizer = load_tokenizer(str(test_data / "tokenizers" / "qwen3"))
     records = json.loads((test_data / "data" / "query_response_100.json").read_text())
     sample = np.array([len(ids) for ids, _ in example_ids(tokenizer, [(r["query"], r["response"]) for r in records])])
-    plan = pack(sample, 4096, examples_per_row(sample, 4096), rng())
+    plan = pack(sample, 4096, limit_of(sample, 4096), rng())
     assert len(plan) == -(-sample.sum() // 4096)
     for count in (1000, 3000, 10000):
         lengths = rng(count).choice(sample, count)
-        plan = pack(lengths, 4096, examples_per_row(lengths, 4096), rng())
+        plan = pack(lengths, 4096, limit_of(lengths, 4096), rng())
         padding = 1 - lengths.sum() / (4096 * len(plan))
         print(f"{count} examples of {lengths.mean():.0f} tokens: {len(plan)} rows, {padding:.2%} padding")
         assert padding <= 0.03
@@ -89,6 +110,6 @@ def test_rows_come_in_random_order():
 @pytest.mark.parametrize("low, high, max_length", [(4, 40, 512), (200, 900, 4096), (30, 60, 64)])
 def test_automatic_maximum_costs_no_rows(low, high, max_length):
     lengths = rng().integers(low, high, 5000)
-    limit = examples_per_row(lengths, max_length)
+    limit = limit_of(lengths, max_length)
     assert limit <= max_length
     assert len(pack(lengths, max_length, limit, rng())) <= 1.005 * len(pack(lengths, max_length, max_length, rng()))

@@ -1,6 +1,7 @@
 """Rows by number: independent of processes, resumable anywhere, every example once per epoch."""
 
 import dataclasses
+import hashlib
 import importlib.util
 import itertools
 import json
@@ -9,11 +10,12 @@ import threading
 import chex
 import numpy as np
 import pytest
+import stores
 
 from refusion_jax.config import SourceConfig
 from refusion_jax.data import packing
-from refusion_jax.data.cache import cached_tokens
 from refusion_jax.data.pipeline import batches, epoch_batches, load_rows
+from refusion_jax.data.preparation import prepared
 from refusion_jax.data.sources import open_source
 from refusion_jax.data.tokenizers import load_tokenizer
 from refusion_jax.errors import UserError
@@ -65,8 +67,8 @@ def test_a_row_is_examples_end_to_end_then_padding(cache_dir):
 
 def test_every_example_once_per_epoch_in_another_order(cache_dir):
     rows = load(cache_dir)
-    cache = cached_tokens(open_source(spelling()), TOKENIZER, cache_dir)
-    expected = sorted(tuple(cache.tokens[a:b].tolist()) for a, b in zip(cache.offsets, cache.offsets[1:]))
+    store = prepared(open_source(spelling()), TOKENIZER, cache_dir)
+    expected = sorted(map(tuple, stores.sequences(store)))
     epochs = [epoch_examples(rows, epoch) for epoch in range(3)]
     for epoch, examples in enumerate(epochs):
         assert sorted(tokens for tokens, _, _ in examples) == expected
@@ -126,6 +128,7 @@ def test_resume_at_any_row_is_exact(batch_size, next_batch_size, cache_dir):
 def test_the_next_epoch_is_planned_while_this_one_is_read(cache_dir, monkeypatch):
     """Once half of an epoch is read, the next one is begun; nobody waits for it who does not need it."""
     rows = load(cache_dir)
+    rows[0]
     begun, go_on, pack = threading.Event(), threading.Event(), packing.pack
 
     def slow(*arguments):
@@ -186,7 +189,7 @@ def test_mixture_weights_are_passes_per_epoch(cache_dir):
     epochs = [[number for _, _, number in epoch_examples(rows, epoch)] for epoch in range(4)]
     for numbers in epochs:
         spelled = [n for n in numbers if n % 500 < 400]
-        assert len(spelled) == 200 and len(set(n % 500 for n in spelled)) == 200
+        assert 180 < len(spelled) < 220 and len(set(n % 500 for n in spelled)) == len(spelled)  # half of the rows
         assert np.bincount([n % 500 - 400 for n in numbers if n % 500 >= 400]).tolist() == [2] * 100
     for a, b in (epochs[:2], epochs[2:]):  # two halves make a whole
         assert sorted(n % 500 for n in a + b if n % 500 < 400) == list(range(400))
@@ -196,7 +199,7 @@ def test_mixture_weights_are_passes_per_epoch(cache_dir):
 
 def test_report_counts_what_is_there(cache_dir):
     whole = load(cache_dir).report
-    lengths = cached_tokens(open_source(spelling()), TOKENIZER, cache_dir).lengths
+    lengths = stores.records(prepared(open_source(spelling()), TOKENIZER, cache_dir))["length"].astype(int)
     assert (whole.examples, whole.dropped, whole.tokens) == (400, 0, lengths.sum())
     assert whole.padding_share == pytest.approx(1 - lengths.sum() / (whole.rows * 256))
     limit = int(np.median(lengths))
@@ -317,6 +320,20 @@ def test_sample_file_with_the_real_vocabulary(test_data, cache_dir):
     for tokens, prompt_length, number in epoch_examples(rows, 0):
         assert list(tokens[:prompt_length]) == tokenizer.encode_prompt(records[number]["query"])
         assert tokenizer.decode(tokens[prompt_length:-1]) == records[number]["response"] and tokens[-1] == 151645
+
+
+@pytest.mark.parametrize("seed, digest", [(0, "491b5c25c79af2f8"), (1, "765cafcd41fde5d3")])
+def test_rows_of_the_sample_file_stay_what_they_are(seed, digest, test_data, cache_dir):
+    """Over four epochs; another digest needs another `packing.FORMAT`."""
+    tokenizer = load_tokenizer(str(test_data / "tokenizers" / "qwen3"))
+    source = SourceConfig("json", str(test_data / "data" / "query_response_100.json"))
+    rows = load_rows([source], tokenizer, max_length=4096, seed=seed, cache_dir=cache_dir)
+    assert rows.rows_per_epoch == 12 and rows.report.padding_share < 0.1
+    found = hashlib.blake2b(digest_size=8)
+    for i in range(4 * 12):
+        for _, values in sorted(rows[i].items()):
+            found.update(values.tobytes())
+    assert found.hexdigest() == digest
 
 
 def test_bad_settings_are_named(cache_dir, tmp_path):

@@ -14,18 +14,17 @@ import itertools
 import json
 import pathlib
 import statistics
+import tempfile
 import time
 from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
-import numpy as np
+from benchmark_data import synthetic_rows
 
 from refusion_jax import step as steps_lib
 from refusion_jax.config import Config, add_config_arguments, parse_config
 from refusion_jax.data import pipeline
-from refusion_jax.data.cache import TokenCache
-from refusion_jax.data.pieces import cut
 from refusion_jax.data.tokenizers import load_tokenizer
 from refusion_jax.errors import UserError
 from refusion_jax.metrics import flops
@@ -33,24 +32,6 @@ from refusion_jax.parallel.mesh import make_mesh
 from refusion_jax.train import local_rows, to_devices, with_tokenizer
 
 WARM_UP = 2  # steps before the clock starts
-
-
-def synthetic_rows(config: Config, examples: int = 20000) -> pipeline.Rows:
-    """Packed rows of random tokens; example lengths are log-normal around 330 tokens, cut at the row's length."""
-    rng = np.random.default_rng(0)
-    lengths = np.clip(rng.lognormal(np.log(300), 0.45, examples).astype(np.int64), 16, config.data.max_length)
-    offsets = np.concatenate([[0], np.cumsum(lengths)])
-    tokens = rng.integers(0, config.model.logical_vocab_size - 2, offsets[-1], np.int32)
-    cache = TokenCache(tokens, offsets, (lengths // 4).astype(np.int32), np.zeros(examples, np.uint64))
-    part = pipeline.Part("synthetic", cut(cache, config.data.max_length, begin_id=-1), np.arange(examples), 0, 1.0)
-    return pipeline.Rows(
-        [part],
-        max_length=config.data.max_length,
-        max_examples_per_row=config.data.max_examples_per_row,
-        seed=0,
-        shuffle=True,
-        pad_id=0,
-    )
 
 
 def seconds_of(run: Callable[[], object], times: int = 5) -> float:
@@ -253,7 +234,9 @@ def main() -> None:
             model=dataclasses.replace(config.model, remat=remat, attention=attention),
         )
         if arguments.synthetic:
-            rows = synthetic_rows(case)
+            vocab_size, most = config.model.logical_vocab_size - 2, config.data.max_examples_per_row
+            with tempfile.TemporaryDirectory() as folder:
+                rows = synthetic_rows(20000, folder, length, vocab_size, most)
         else:
             options = dict(
                 max_length=length,

@@ -1,9 +1,10 @@
-"""What a source is: random access to examples, (query, response) pairs.
+"""What a source is: examples, (query, response) pairs, by number or a unit after another.
 
-A source is opened cheaply: its records are not read before the first `len` or `[i]`, which a run with a filled cache of
-tokenised data never asks for.
+A source is opened cheaply: its records are not read before the first `len`, `[i]` or `read`, which a run whose data are
+tokenised already never asks for.
 """
 
+import dataclasses
 import functools
 import hashlib
 import pathlib
@@ -38,6 +39,24 @@ def in_part(hashes: np.ndarray, start: float, stop: float) -> np.ndarray:
     """
     fraction = hashes / 2.0**64
     return (fraction >= start) & ((fraction < stop) | (stop >= 1))
+
+
+RECORD_BYTES = 1024  # what a record is taken to have where nobody has counted
+
+
+@dataclasses.dataclass(frozen=True)
+class Unit:
+    """A stretch of a source that is read at once: bytes, row groups or records `start` to `stop`.
+
+    Attributes:
+      file: index of its file; 0 where there are none.
+      size: bytes of text in it, about.
+    """
+
+    file: int
+    start: int
+    stop: int
+    size: int
 
 
 class Source:
@@ -79,6 +98,17 @@ class Source:
     def __getitem__(self, i: int) -> tuple[str | None, str]:
         return self._from_fields(self._records[i], self._place(i))
 
+    def units(self, size: int) -> list[Unit]:
+        """Units that together hold every example once, in order, of `size` bytes each where they can be cut so.
+
+        Found from names, sizes and counts: no record is read.
+        """
+        return record_units(0, len(self), size)
+
+    def read(self, unit: Unit) -> Iterator[tuple[str | None, str]]:
+        """The examples of a unit, in order; reads no others, so that many processes can share a source."""
+        return (self[i] for i in range(unit.start, unit.stop))
+
     def part(self) -> Iterator[int]:
         """Indices of the examples between the config's `start` and `stop`, ascending (see `in_part`)."""
         return (
@@ -109,6 +139,13 @@ class Source:
                 "response."
             )
         return query, response
+
+
+def record_units(file: int, count: int, size: int) -> list[Unit]:
+    """Units of so many records that are taken to have `RECORD_BYTES` each."""
+    step = max(size // RECORD_BYTES, 1)
+    cuts = [(first, min(first + step, count)) for first in range(0, count, step)]
+    return [Unit(file, first, stop, (stop - first) * RECORD_BYTES) for first, stop in cuts]
 
 
 def text_of(record: Mapping[str, Any], field: str, setting: str, place: str) -> str:

@@ -1,15 +1,24 @@
 """Sources in files: JSON, JSON lines, plain text, Parquet and ArrayRecord."""
 
+import contextlib
 import functools
 import glob
+import gzip
 import hashlib
+import io
 import json
 import mmap
 import os
+import zlib
+from collections.abc import Iterator
+from typing import BinaryIO
 
 from refusion_jax.data import stamps
-from refusion_jax.data.examples import Source, text_of
+from refusion_jax.data.examples import Source, Unit, record_units, text_of
 from refusion_jax.errors import UserError
+
+HASHED_WHOLE = 4 * 2**30  # bytes of a source up to which its content's hash is of every byte
+_SAMPLE = 1 << 16
 
 
 class FileSource(Source):
@@ -39,6 +48,10 @@ class FileSource(Source):
             )
         return found
 
+    @functools.cached_property
+    def _size(self) -> int:
+        return sum(map(os.path.getsize, self.paths))
+
     def _content_key(self, notes):
         if notes is None:
             return self._hash()
@@ -54,13 +67,22 @@ class FileSource(Source):
                     stamps.remember(note, taken, known)
         return known
 
+    def units(self, size):
+        return [Unit(file, 0, os.path.getsize(path), os.path.getsize(path)) for file, path in enumerate(self.paths)]
+
     def _hash(self) -> str:
+        """Of all bytes; of terabytes, which are written once, of every file's size and 16 samples of it."""
         digest = hashlib.blake2b(digest_size=16)
         for path in self.paths:
             try:
-                digest.update(str(os.path.getsize(path)).encode() + b" ")
+                size = os.path.getsize(path)
+                digest.update(str(size).encode() + b" ")
                 with open(path, "rb") as file:
-                    while block := file.read(1 << 22):
+                    if self._size > HASHED_WHOLE:
+                        for sample in range(16):
+                            file.seek(max(size - _SAMPLE, 0) * sample // 15)
+                            digest.update(file.read(_SAMPLE))
+                    while self._size <= HASHED_WHOLE and (block := file.read(1 << 22)):
                         digest.update(block)
             except OSError as error:
                 raise UserError(
@@ -78,32 +100,43 @@ class JsonSource(FileSource):
     def _records(self):
         records = []
         self._starts = []  # of each file, to name the place of a record
-        for path in self.paths:
-            try:
-                with open(path, encoding="utf-8-sig") as file:
-                    content = json.load(file)
-            except json.JSONDecodeError as error:
-                raise UserError(
-                    f"{path}, line {error.lineno}, column {error.colno}: malformed JSON ({error.msg}). The file must "
-                    "be one list of objects; for one object per line use the kind 'jsonl'."
-                ) from error
-            except UnicodeDecodeError as error:
-                raise UserError(f"{path} is not UTF-8 text ({error}). Convert it to UTF-8.") from error
-            if not isinstance(content, list):
-                raise UserError(f"{path} holds a JSON {type(content).__name__}, not a list. Make it a list of objects.")
+        for file in range(len(self.paths)):
             self._starts.append(len(records))
-            records.extend(content)
+            records.extend(self._load(file))
         return records
+
+    def _load(self, file: int) -> list:
+        path = self.paths[file]
+        try:
+            with open(path, encoding="utf-8-sig") as stream:
+                content = json.load(stream)
+        except json.JSONDecodeError as error:
+            raise UserError(
+                f"{path}, line {error.lineno}, column {error.colno}: malformed JSON ({error.msg}). The file must be "
+                "one list of objects; for one object per line use the kind 'jsonl'."
+            ) from error
+        except UnicodeDecodeError as error:
+            raise UserError(f"{path} is not UTF-8 text ({error}). Convert it to UTF-8.") from error
+        if not isinstance(content, list):
+            raise UserError(f"{path} holds a JSON {type(content).__name__}, not a list. Make it a list of objects.")
+        return content
+
+    def read(self, unit):
+        for i, record in enumerate(self._load(unit.file)):
+            yield self._from_fields(record, self._record_place(unit.file, i))
 
     def _place(self, i):
         file = max(n for n, start in enumerate(self._starts) if start <= i)
-        return f"{self.paths[file]}, record {i - self._starts[file]} (counted from 0)"
+        return self._record_place(file, i - self._starts[file])
+
+    def _record_place(self, file: int, i: int) -> str:
+        return f"{self.paths[file]}, record {i} (counted from 0)"
 
 
 class JsonLinesSource(FileSource):
-    """Files with one JSON object per line; blank lines are skipped."""
+    """Files with one JSON object per line, plain or compressed (.gz, .zst); blank lines are skipped."""
 
-    suffixes = (".jsonl",)
+    suffixes = (".jsonl", ".jsonl.gz", ".jsonl.zst")
 
     @functools.cached_property
     def _records(self):
@@ -111,29 +144,111 @@ class JsonLinesSource(FileSource):
         self._files = []
         for number, path in enumerate(self.paths):
             start = 0
-            with open(path, "rb") as file:
+            with lines_of(path) as file:
                 for line, text in enumerate(file, 1):
                     if text.strip():
                         lines.append((number, line, start, start + len(text)))
                     start += len(text)
-                self._files.append(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) if start else b"")
+            self._files.append(_mapped(path) if start else b"")
         return lines
 
     def __getitem__(self, i):
-        file, _, start, stop = self._records[i]
-        try:
-            record = json.loads(self._files[file][start:stop].decode("utf-8"))
-        except json.JSONDecodeError as error:
-            raise UserError(
-                f"{self._place(i)}, column {error.colno}: malformed JSON ({error.msg}). Every line must "
-                "be one JSON object."
-            ) from error
-        except UnicodeDecodeError as error:
-            raise UserError(f"{self._place(i)} is not UTF-8 text ({error}). Convert the file to UTF-8.") from error
-        return self._from_fields(record, self._place(i))
+        file, line, start, stop = self._records[i]
+        return self._parse(self._files[file][start:stop], f"{self.paths[file]}, line {line}")
 
-    def _place(self, i):
-        return f"{self.paths[self._records[i][0]]}, line {self._records[i][1]}"
+    def units(self, size):
+        cut = []
+        for unit in super().units(size):
+            if compressed(self.paths[unit.file]):  # can only be read from its start; text shrinks to about a quarter
+                cut.append(Unit(unit.file, 0, unit.stop, 4 * unit.size))
+                continue
+            for start in range(0, unit.stop, size):
+                stop = min(start + size, unit.stop)
+                cut.append(Unit(unit.file, start, stop, stop - start))
+        return cut
+
+    def read(self, unit):
+        """Of a plain file the lines that begin in the unit's bytes."""
+        path = self.paths[unit.file]
+        with lines_of(path) as file:
+            at = unit.start
+            if at:
+                file.seek(at - 1)
+                at += len(file.readline()) - 1  # the rest of a line that began before
+            for number, text in enumerate(file, 1):
+                if at >= unit.stop and not compressed(path):
+                    break
+                if text.strip():
+                    yield self._parse(text, path, number, unit.start)
+                at += len(text)
+
+    def _parse(self, text: bytes, place: str, number: int = 0, start: int = 0) -> tuple[str | None, str]:
+        """An example from a line.
+
+        Args:
+          place: of the line; with `number` of its file, where it is the nth line that begins behind byte `start`.
+        """
+        try:
+            return self._from_fields(json.loads(text.decode("utf-8")), place)
+        except (ValueError, UserError) as error:
+            if number:  # to count lines costs time, which good lines need not spend
+                return self._parse(text, f"{place}, line {number + _lines_before(place, start)}")
+            if isinstance(error, json.JSONDecodeError):
+                raise UserError(
+                    f"{place}, column {error.colno}: malformed JSON ({error.msg}). Every line must be one JSON object."
+                ) from error
+            if isinstance(error, UnicodeDecodeError):
+                raise UserError(f"{place} is not UTF-8 text ({error}). Convert the file to UTF-8.") from error
+            raise
+
+
+def compressed(path: str) -> bool:
+    return path.endswith((".gz", ".zst"))
+
+
+@contextlib.contextmanager
+def lines_of(path: str) -> Iterator[BinaryIO]:
+    """Opens a file of lines, plain or compressed; a UserError names a damaged one."""
+    try:
+        if path.endswith(".zst"):
+            with (
+                open(path, "rb") as file,
+                _zstandard(path).ZstdDecompressor().stream_reader(file, read_across_frames=True) as stream,
+            ):
+                yield io.BufferedReader(stream, 1 << 20)
+        else:
+            with gzip.open(path) if path.endswith(".gz") else open(path, "rb") as file:
+                yield file
+    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+        raise UserError(f"{path} is damaged: {error}. Fetch or write it again.") from error
+
+
+def _zstandard(path: str):
+    try:
+        import zstandard
+    except ImportError as error:
+        raise UserError(f"{path} needs the zstandard library ({error}). Install it: pip install zstandard.") from error
+    return zstandard
+
+
+def _mapped(path: str):
+    if compressed(path):
+        with lines_of(path) as file:
+            return file.read()
+    with open(path, "rb") as file:
+        return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+
+
+def _lines_before(path: str, start: int) -> int:
+    """Lines of a file that begin before the first one that begins at byte `start` or behind."""
+    if not start:
+        return 0
+    with open(path, "rb") as file:
+        file.seek(start - 1)
+        last = file.readline()
+        end = start - 1 + len(last)
+        file.seek(0)
+        return sum(1 for _ in iter(lambda: file.tell() < end and file.readline(), False))
 
 
 class TextSource(FileSource):
@@ -146,20 +261,24 @@ class TextSource(FileSource):
 
     @functools.cached_property
     def _records(self):
+        return [document for file in range(len(self.paths)) for document in self._load(file)]
+
+    def _load(self, file: int) -> list[str]:
         separator = dict(self.config.options).get("separator")
-        documents = []
-        for path in self.paths:
-            try:
-                with open(path, encoding="utf-8") as file:
-                    text = file.read()
-            except UnicodeDecodeError as error:
-                raise UserError(f"{path} is not UTF-8 text ({error}). Convert it to UTF-8.") from error
-            pieces = [piece.strip() for piece in text.split(separator)] if separator else [text]
-            documents.extend(piece for piece in pieces if piece.strip())
-        return documents
+        path = self.paths[file]
+        try:
+            with open(path, encoding="utf-8") as stream:
+                text = stream.read()
+        except UnicodeDecodeError as error:
+            raise UserError(f"{path} is not UTF-8 text ({error}). Convert it to UTF-8.") from error
+        pieces = [piece.strip() for piece in text.split(separator)] if separator else [text]
+        return [piece for piece in pieces if piece.strip()]
 
     def __getitem__(self, i):
         return None, self._records[i]
+
+    def read(self, unit):
+        return ((None, document) for document in self._load(unit.file))
 
 
 class ParquetSource(FileSource):
@@ -167,31 +286,57 @@ class ParquetSource(FileSource):
 
     suffixes = (".parquet",)
 
-    @functools.cached_property
-    def _records(self):
+    @property
+    def _columns(self) -> list[str]:
+        return [f for f in (self.config.query_field, self.config.response_field) if f]
+
+    def _open(self, path: str):
         import pyarrow
         import pyarrow.parquet
 
-        columns = [f for f in (self.config.query_field, self.config.response_field) if f]
-        tables = []
-        for path in self.paths:
-            try:
-                present = pyarrow.parquet.read_schema(path).names
-                text_of(dict.fromkeys(present, ""), self.config.response_field, "response_field", path)
-                if self.config.query_field:
-                    text_of(dict.fromkeys(present, ""), self.config.query_field, "query_field", path)
-                tables.append(pyarrow.parquet.read_table(path, columns=columns, memory_map=True))
-            except pyarrow.ArrowException as error:
-                raise UserError(f"{path} cannot be read as a Parquet file: {error}. Write it again.") from error
-        table = pyarrow.concat_tables(tables)
-        return [table.column(c).combine_chunks() if table.num_rows else [] for c in columns]
+        try:
+            file = pyarrow.parquet.ParquetFile(path, memory_map=True)
+        except pyarrow.ArrowException as error:
+            raise UserError(f"{path} cannot be read as a Parquet file: {error}. Write it again.") from error
+        present = dict.fromkeys(file.schema_arrow.names, "")
+        text_of(present, self.config.response_field, "response_field", path)
+        if self.config.query_field:
+            text_of(present, self.config.query_field, "query_field", path)
+        return file
+
+    @functools.cached_property
+    def _records(self):
+        import pyarrow
+
+        try:
+            table = pyarrow.concat_tables([self._open(path).read(columns=self._columns) for path in self.paths])
+        except pyarrow.ArrowException as error:
+            raise UserError(f"{self.name} cannot be read as Parquet: {error}. Write the files again.") from error
+        return [table.column(c).combine_chunks() if table.num_rows else [] for c in self._columns]
 
     def __len__(self):
         return len(self._records[0])
 
     def __getitem__(self, i):
-        columns = [f for f in (self.config.query_field, self.config.response_field) if f]
-        return self._from_fields({c: values[i].as_py() for c, values in zip(columns, self._records)}, self._place(i))
+        record = {c: values[i].as_py() for c, values in zip(self._columns, self._records)}
+        return self._from_fields(record, self._place(i))
+
+    def units(self, size):
+        """Row groups."""
+        found = []
+        for file, path in enumerate(self.paths):
+            meta = self._open(path).metadata
+            found += [Unit(file, g, g + 1, meta.row_group(g).total_byte_size) for g in range(meta.num_row_groups)]
+        return found
+
+    def read(self, unit):
+        path = self.paths[unit.file]
+        file = self._open(path)
+        first = sum(file.metadata.row_group(g).num_rows for g in range(unit.start))
+        for batch in file.iter_batches(1024, row_groups=[unit.start], columns=self._columns):
+            for record in batch.to_pylist():
+                yield self._from_fields(record, f"{path}, record {first} (counted from 0)")
+                first += 1
 
 
 class ArrayRecordSource(FileSource):
@@ -209,6 +354,9 @@ class ArrayRecordSource(FileSource):
             raise UserError(
                 f"data source {self.name!r} cannot be read as ArrayRecord: {error}. Write the files again."
             ) from error
+
+    def units(self, size):
+        return record_units(0, len(self), size)
 
     def __getitem__(self, i):
         try:

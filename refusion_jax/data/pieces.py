@@ -12,76 +12,71 @@ import dataclasses
 
 import numpy as np
 
-from refusion_jax.data.cache import TokenCache
-
 
 @dataclasses.dataclass(frozen=True)
 class Pieces:
-    """Pieces, or whole examples, in the order of the cache.
+    """Pieces, or whole examples, in the order of the examples.
 
     Attributes:
-      tokens: of the cache.
-      starts: int64 [pieces], where each starts in `tokens`.
-      lengths: int64 [pieces], tokens of each in a row: those in `tokens`, a begin id where `continued`, and `filled`.
+      examples: int64 [pieces], which example each is of.
+      starts: int64 [pieces], where each starts in the tokens of its example.
+      lengths: int64 [pieces], tokens of each in a row: of the example, a begin id where `continued`, and `filled`.
       filled: int64 [pieces], end ids that follow.
       prompt_lengths: int32 [pieces].
-      hashes: uint64 [pieces], of the whole example: its pieces are in the same part of a source.
       continued: bool [pieces], whether a document has pieces before this one.
       long: bool [pieces], whether it is a piece of a document longer than a row.
-      begin_id: what `continued` pieces begin with; end_id: what pieces are filled with.
     """
 
-    tokens: np.ndarray
+    examples: np.ndarray
     starts: np.ndarray
     lengths: np.ndarray
     filled: np.ndarray
     prompt_lengths: np.ndarray
-    hashes: np.ndarray
     continued: np.ndarray
     long: np.ndarray
-    begin_id: int
-    end_id: int
 
     def __len__(self) -> int:
         return len(self.starts)
 
-    def __getitem__(self, i: int) -> np.ndarray:
-        """Token ids of a piece: [lengths[i]]."""
+    def ids(self, i: int, tokens: np.ndarray, begin_id: int, end_id: int) -> np.ndarray:
+        """Token ids of a piece: [lengths[i]].
+
+        Args:
+          tokens: of its example and perhaps what follows it.
+          begin_id: what `continued` pieces begin with.
+          end_id: what pieces are filled with.
+        """
         first, extra, filled = self.starts[i], int(self.continued[i]), self.filled[i]
-        ids = self.tokens[first : first + self.lengths[i] - extra - filled]
+        ids = tokens[first : first + self.lengths[i] - extra - filled]
         if not extra and not filled:
             return ids
-        return np.concatenate([np.full(extra, self.begin_id), ids, np.full(filled, self.end_id)])
+        return np.concatenate([np.full(extra, begin_id), ids, np.full(filled, end_id)])
 
 
-def cut(cache: TokenCache, max_length: int, begin_id: int, *, end_id: int = -1, response_multiple: int = 1) -> Pieces:
+def cut(examples: np.ndarray, max_length: int, response_multiple: int = 1) -> Pieces:
     """Cuts documents longer than `max_length` tokens; examples with a prompt stay whole, however long.
 
-    Responses to prompts are filled with `end_id` to a multiple of `response_multiple` tokens, before lengths count.
+    Responses to prompts are filled with end ids to a multiple of `response_multiple` tokens, before lengths count.
+
+    Args:
+      examples: their records, `shards.EXAMPLE` [examples].
     """
-    lengths, starts, room = cache.lengths, cache.offsets[:-1], max(max_length - 1, 1)
-    long = lengths > max_length
-    candidates = np.flatnonzero(long)
-    long[candidates] = (cache.prompt_lengths[candidates] == 1) & (cache.tokens[starts[candidates]] == begin_id)
+    lengths, room, document = examples["length"].astype(np.int64), max(max_length - 1, 1), examples["document"]
+    long = document & (lengths > max_length)
     counts = np.where(long, -(-(lengths - 2) // room), 1)
-    example = np.repeat(np.arange(len(cache)), counts)
+    example = np.repeat(np.arange(len(examples)), counts)
     nth = np.arange(len(example)) - np.repeat(np.cumsum(counts) - counts, counts)  # piece of its example
     long, continued = long[example], nth > 0
-    first, stop = starts[example] + continued + nth * room, cache.offsets[1:][example]
-    stop = np.where(long, np.minimum(stop, starts[example] + 1 + (nth + 1) * room), stop)
-    filled = np.zeros(len(example), np.int64)
-    if response_multiple > 1:
-        document = (cache.prompt_lengths == 1) & (cache.tokens[starts] == begin_id)
-        filled = np.where(document, 0, -(lengths - cache.prompt_lengths) % response_multiple)[example]
+    first = continued + nth * room
+    stop = np.where(long, np.minimum(lengths[example], 1 + (nth + 1) * room), lengths[example])
+    prompt_lengths = examples["prompt_length"].astype(np.int64)
+    filled = np.where(document, 0, -(lengths - prompt_lengths) % response_multiple)[example]
     return Pieces(
-        tokens=cache.tokens,
+        examples=example,
         starts=first,
         lengths=stop - first + continued + filled,
         filled=filled,
-        prompt_lengths=cache.prompt_lengths[example],
-        hashes=cache.hashes[example],
+        prompt_lengths=prompt_lengths.astype(np.int32)[example],
         continued=continued,
         long=long,
-        begin_id=begin_id,
-        end_id=end_id,
     )

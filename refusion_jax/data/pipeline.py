@@ -4,24 +4,23 @@ Row number i means the same tokens in every process, whatever the number of proc
 whole state of the data is the number of the next row.
 """
 
-import bisect
-import concurrent.futures
 import dataclasses
 import functools
 import os
-import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import grain
 import numpy as np
 
 from refusion_jax.config import SourceConfig
 from refusion_jax.data import packing
-from refusion_jax.data.cache import cached_tokens
-from refusion_jax.data.examples import in_part
-from refusion_jax.data.pieces import Pieces, cut
+from refusion_jax.data.mixture import Epochs, Schedule
+from refusion_jax.data.preparation import prepared
 from refusion_jax.data.sources import open_source
+from refusion_jax.data.store import Store, find
+from refusion_jax.data.stream import Stream
 from refusion_jax.data.tokenizers import Tokenizer
+from refusion_jax.data.windows import Windows
 from refusion_jax.errors import UserError
 
 Batch = dict[str, np.ndarray]
@@ -70,38 +69,18 @@ class Report:
         return "\n".join(lines)
 
 
-@dataclasses.dataclass(frozen=True)
-class Part:
-    """The part of a source that is used: `kept` are the indices of its examples, or pieces, that fit in a row."""
-
-    name: str
-    pieces: Pieces
-    kept: np.ndarray
-    dropped: int
-    weight: float
-
-
-@dataclasses.dataclass(frozen=True)
-class EpochPlan:
-    """An epoch's rows as lists of examples: `plan` over the epoch's examples; of each its number and its pass."""
-
-    plan: packing.Plan
-    numbers: np.ndarray  # int64 [examples]
-    passes: np.ndarray  # int64 [examples]
-
-
 class Rows:
     """Packed rows of all sources: `rows[i]` for any i >= 0, epoch after epoch. Made by `load_rows`.
 
     A row is a dict: tokens int32 [length], examples end to end from index 0, then padding; prompt_lengths and lengths
     int32 [examples] (0: no example); example_ids uint32 [examples], the number of this pass over this example, which
-    does not depend on where it is packed.
+    does not depend on where it is packed. All its examples are of one source; sources take turns (`mixture.py`).
 
     In an epoch every kept example of a source with weight 1 comes once. Weight w means w passes per epoch: with 0.5 the
-    epochs take halves of one random order in turn, with 2 every example comes twice.
+    epochs take halves of one order in turn, with 2 every example comes twice. With a mixture the sources have shares of
+    the rows instead, and there are no epochs.
 
-    Threads may read at once. An epoch is planned in the background from the middle of the one before on, so that nobody
-    waits for it who does not need it yet.
+    Threads may read at once.
 
     Attributes:
       fingerprint: all that decides which tokens row i holds, by name; equal fingerprints, equal rows.
@@ -109,27 +88,38 @@ class Rows:
 
     def __init__(
         self,
-        parts: Sequence[Part],
+        sources: Sequence[Windows],
+        weights: Sequence[float],
         *,
         max_length: int,
         max_examples_per_row: int,
         seed: int,
         shuffle: bool,
         pad_id: int,
+        begin_id: int = -1,
+        end_id: int = -1,
+        mixture: Sequence[tuple[int, Sequence[float]]] = (),
         content: dict[str, str | float] | None = None,
     ):
         """
         Args:
-          content: what `parts` are made from, for the fingerprint.
+          weights: passes over each source per epoch.
+          mixture: (first row, shares of the sources from it on), instead of weights.
+          content: what `sources` are made from, for the fingerprint.
         """
-        self._parts, self._seed, self._shuffle, self._pad_id = parts, seed, shuffle, pad_id
+        self._sources, self._weights, self._pad_id = sources, weights, pad_id
+        self._ids = begin_id, end_id
         # Of each source in the numbering of all examples.
-        self._base = np.cumsum([0, *(len(part.pieces) for part in parts)])
-        self._lengths = np.concatenate([part.pieces.lengths for part in parts])
-        self._prompt_lengths = np.concatenate([part.pieces.prompt_lengths for part in parts])
+        self._base = np.cumsum([0, *(windows.total("pieces") for windows in sources)])
         self.max_length = max_length
-        kept = np.concatenate([part.pieces.lengths[part.kept] for part in parts])
-        self.max_examples_per_row = max_examples_per_row or packing.examples_per_row(kept, max_length)
+        kept, tokens = (sum(windows.total(field) for windows in sources) for field in ("kept", "tokens"))
+        shortest = min(int(windows.survey["shortest"].min()) for windows in sources)
+        self.max_examples_per_row = max_examples_per_row or packing.examples_per_row(kept, tokens, shortest, max_length)
+        self._streams = [
+            Stream(windows, self.max_examples_per_row, seed, shuffle, i, len(sources))
+            for i, windows in enumerate(sources)
+        ]
+        self._turns = Schedule(mixture) if mixture else Epochs([s.rows_per_pass for s in self._streams], weights)
         self.fingerprint = {
             "packing": packing.FORMAT,
             "seed": seed,
@@ -138,41 +128,35 @@ class Rows:
             "data.max_examples_per_row": self.max_examples_per_row,
             **(content or {}),
         }
-        self._lock = threading.Lock()
-        self._plans: dict[int, concurrent.futures.Future[EpochPlan]] = {}
-        self._ends: list[int] = []  # row number after each epoch planned so far
-        self.locate(0)
+        if mixture:
+            self.fingerprint["data.mixture"] = repr(mixture)
 
     @property
     def rows_per_epoch(self) -> int:
-        """Rows of the first epoch; other epochs differ by a few, as they pack differently."""
-        return self._ends[0]
+        """Rows of the first epoch; others have more or less by one per source with a weight that is no whole number.
+
+        Raises:
+          UserError: there are no epochs.
+        """
+        if isinstance(self._turns, Schedule):
+            raise UserError("config.data.mixture knows no epochs. Set config.steps to say how long to train.")
+        return self._turns.start(1)
 
     def locate(self, i: int) -> tuple[int, int]:
         """(epoch, row within the epoch) of row number i."""
-        while not self._ends or i >= self._ends[-1]:
-            epoch = len(self._ends)
-            rows = len(self._plan(epoch).plan)
-            with self._lock:
-                if len(self._ends) == epoch:  # no other thread was faster
-                    self._ends.append((self._ends[-1] if self._ends else 0) + rows)
-        epoch = bisect.bisect_right(self._ends, i)
-        return epoch, i - (self._ends[epoch - 1] if epoch else 0)
+        return self._turns.locate(i)
 
     def __getitem__(self, i: int) -> Batch:
-        epoch, row = self.locate(int(i))
-        planned = self._plan(epoch)
-        if self._shuffle and row >= len(planned.plan) // 2:  # evaluation stays in the first epoch
-            self._start_plan(epoch + 1)
-        at = planned.plan[row]
-        numbers, count = planned.numbers[at], len(at)
+        source, number = self._turns.turn(int(i))
+        row = self._streams[source][number]
+        window, at, count = row.window, row.pieces, len(row.pieces)
         result = self.empty_row()
-        result["lengths"][:count] = self._lengths[numbers]
-        result["prompt_lengths"][:count] = self._prompt_lengths[numbers]
-        result["example_ids"][:count] = (planned.passes[at] * self._base[-1] + numbers) % 2**32
+        result["lengths"][:count] = window.pieces.lengths[at]
+        result["prompt_lengths"][:count] = window.pieces.prompt_lengths[at]
+        result["example_ids"][:count] = (row.passes * self._base[-1] + self._base[source] + row.numbers) % 2**32
         end = 0
-        for number, source in zip(numbers, np.searchsorted(self._base, numbers, side="right") - 1):
-            ids = self._parts[source].pieces[number - self._base[source]]
+        for piece in at:
+            ids = window.ids(piece, self._sources[source].store, *self._ids)
             result["tokens"][end : end + len(ids)] = ids
             end += len(ids)
         return result
@@ -187,69 +171,34 @@ class Rows:
             "example_ids": np.zeros(examples, np.uint32),
         }
 
-    def _plan(self, epoch: int) -> EpochPlan:
-        """The plan of an epoch, made now if nobody has begun to; only who needs this epoch waits for it."""
-        future = self._start_plan(epoch)
-        with self._lock:
-            # Other threads may still want rows of the epoch before, or have begun with the next.
-            self._plans = {e: plan for e, plan in self._plans.items() if abs(e - epoch) <= 1}
-        return future.result()
-
-    def _start_plan(self, epoch: int) -> concurrent.futures.Future[EpochPlan]:
-        """Begins to plan an epoch in the background, unless that was done."""
-        with self._lock:
-            if epoch in self._plans:
-                return self._plans[epoch]
-            future = self._plans[epoch] = concurrent.futures.Future()
-
-        def make() -> None:
-            try:
-                future.set_result(self._make_plan(epoch))
-            except BaseException as error:  # for the thread that needs the plan
-                future.set_exception(error)
-
-        threading.Thread(target=make, name=f"plan of epoch {epoch}", daemon=True).start()
-        return future
-
-    def _make_plan(self, epoch: int) -> EpochPlan:
-        numbers, passes = self._epoch_examples(epoch)
-        rng = np.random.default_rng((self._seed, epoch)) if self._shuffle else None
-        plan = packing.pack(self._lengths[numbers], self.max_length, self.max_examples_per_row, rng)
-        return EpochPlan(plan, numbers, passes)
-
-    def _epoch_examples(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
-        numbers, passes = [], []
-        for source, part in enumerate(self._parts):
-            # The source is an endless stream of passes; an epoch is a stretch of it.
-            size = len(part.kept)
-            first, last = (int(e * part.weight * size) for e in (epoch, epoch + 1))
-            for n in range(first // size, -(-last // size)):
-                order = part.kept
-                if self._shuffle and part.weight != 1:
-                    order = np.random.default_rng((self._seed, source, n)).permutation(order)
-                stretch = order[max(first - n * size, 0) : last - n * size]
-                numbers.append(self._base[source] + stretch)
-                passes.append(np.full(len(stretch), n))
-        return np.concatenate(numbers), np.concatenate(passes)
-
     @functools.cached_property
     def report(self) -> Report:
-        """Counts of the first epoch."""
-        first = self._plan(0)
-        tokens, rows = int(self._lengths[first.numbers].sum()), len(first.plan)
+        """Counts of the first epoch; where weights are no whole numbers, of the average one. Of one pass over each
+        source where there are no epochs."""
+        weights = [1.0] * len(self._sources) if isinstance(self._turns, Schedule) else self._weights
+        of_epoch = lambda field: sum(round(w * s.total(field)) for w, s in zip(weights, self._sources))
+        rows = sum(round(w * s.rows_per_pass) for w, s in zip(weights, self._streams))
         return Report(
-            examples=len(first.numbers),
-            dropped=sum(part.dropped for part in self._parts),
-            tokens=tokens,
+            examples=of_epoch("kept"),
+            dropped=sum(s.total("part") - s.total("kept") for s in self._sources),
+            tokens=of_epoch("tokens"),
             rows=rows,
             max_length=self.max_length,
             max_examples_per_row=self.max_examples_per_row,
-            padding_share=1 - tokens / (rows * self.max_length),
+            padding_share=1 - of_epoch("tokens") / (rows * self.max_length),
             sources=tuple(
-                (part.name, len(part.kept), int(part.pieces.long[part.kept].sum()), part.dropped)
-                for part in self._parts
+                (s.store.name, s.total("kept"), s.total("long"), s.total("part") - s.total("kept"))
+                for s in self._sources
             ),
         )
+
+    def seen(self, rows: int) -> list[tuple[str, int, float]]:
+        """(name, tokens, passes) of each source in the first so many rows; tokens as of the source's average row."""
+        return [
+            (windows.store.name, round(windows.total("tokens") * passes), passes)
+            for windows, stream, count in zip(self._sources, self._streams, self._turns.before(rows))
+            for passes in [count / stream.rows_per_pass]
+        ]
 
 
 def load_rows(
@@ -261,9 +210,11 @@ def load_rows(
     response_multiple: int = 1,
     seed: int = 0,
     cache_dir: str | os.PathLike,
+    store: str | os.PathLike = "",
+    mixture: Sequence[tuple[int, Sequence[float]]] = (),
     shuffle: bool = True,
 ) -> Rows:
-    """Tokenises sources, or finds them in the cache, and plans their rows.
+    """Finds sources in a store, or else in the cache, or tokenises them, and says what their rows are.
 
     Args:
       sources: what to mix.
@@ -273,7 +224,9 @@ def load_rows(
       max_examples_per_row: static maximum of examples in a row; 0: chosen from the data; 1: no packing.
       response_multiple: responses are filled with end ids to a multiple of so many tokens; documents are not.
       seed: of the order of examples and rows; each epoch has its own.
-      cache_dir: folder of the caches of tokenised sources.
+      cache_dir: folder where sources are tokenised into stores, without `store`.
+      store: folder, or address of one, where `refusion_jax.prepare` has put them.
+      mixture: (first row, the sources' shares of the rows from it on), instead of the sources' weights.
       shuffle: False: one fixed order, for evaluation.
 
     Raises:
@@ -282,52 +235,82 @@ def load_rows(
     """
     if not sources:
         raise UserError("there is no data source: the list is empty. Put at least one source into it.")
-    parts, content = [], {"data.tokenizer": tokenizer.fingerprint}
+    if mixture:
+        check_mixture(mixture, len(sources))
+    found, content = [], {"data.tokenizer": tokenizer.fingerprint}
     if response_multiple > 1:
         content["data.response_multiple"] = response_multiple
     for i, config in enumerate(sources):
-        source = open_source(config)
-        pieces = cut(
-            cached_tokens(source, tokenizer, cache_dir),
-            max_length,
-            tokenizer.begin_id,
-            end_id=tokenizer.eos_id,
-            response_multiple=response_multiple,
-        )
-        parts.append(_part(source.name, config, pieces, max_length))
-        content[f"data.train.{i}.content"] = source.key()
+        kept = find(config, tokenizer, store) if store else prepared(open_source(config), tokenizer, cache_dir)
+        windows = open_windows(kept, config, max_length, response_multiple)
+        found.append(windows)
+        content[f"data.train.{i}.content"] = kept.content if len(windows) == 1 else f"{kept.content} {kept.cut}"
         content |= {f"data.train.{i}.{name}": getattr(config, name) for name in ("start", "stop", "weight")}
     return Rows(
-        parts,
+        found,
+        [config.weight for config in sources],
         max_length=max_length,
         max_examples_per_row=max_examples_per_row,
         seed=seed,
         shuffle=shuffle,
         pad_id=tokenizer.pad_id,
+        begin_id=tokenizer.begin_id,
+        end_id=tokenizer.eos_id,
+        mixture=mixture,
         content=content,
     )
 
 
-def _part(name: str, config: SourceConfig, pieces: Pieces, max_length: int) -> Part:
-    part = np.flatnonzero(in_part(pieces.hashes, config.start, config.stop))
-    kept = part[pieces.lengths[part] <= max_length]
-    if not len(part):
+def open_windows(
+    store: Store, config: SourceConfig, max_length: int, response_multiple: int, mapped: Callable = map
+) -> Windows:
+    """The windows of a source's store.
+
+    Raises:
+      UserError: no example is in the config's part or fits in a row.
+    """
+    windows = Windows(
+        store,
+        max_length=max_length,
+        response_multiple=response_multiple,
+        start=config.start,
+        stop=config.stop,
+        mapped=mapped,
+    )
+    kept = windows.total("kept")
+    if not windows.total("part"):
         raise UserError(
-            f"data source {name!r}: none of its {len(pieces):,} examples falls in the part from start = "
-            f"{config.start} to stop = {config.stop}. Widen the part, or give a larger source."
+            f"data source {store.name!r}: none of its {windows.total('pieces'):,} examples falls in the part from "
+            f"start = {config.start} to stop = {config.stop}. Widen the part, or give a larger source."
         )
-    if not len(kept):
+    if not kept:
         raise UserError(
-            f"data source {name!r}: max_length is {max_length}, but its shortest example has "
-            f"{pieces.lengths[part].min()} tokens, so every example would be dropped. Set data.max_length to at "
+            f"data source {store.name!r}: max_length is {max_length}, but its shortest example has "
+            f"{windows.survey['shortest'].min()} tokens, so every example would be dropped. Set data.max_length to at "
             "least that, better far more."
         )
-    if len(kept) * config.weight < 1:
+    if kept * config.weight < 1:
         raise UserError(
-            f"data source {name!r}: weight = {config.weight} of {len(kept)} examples is less than one "
-            "example per epoch. Raise the weight."
+            f"data source {store.name!r}: weight = {config.weight} of {kept} examples is less than one example per "
+            "epoch. Raise the weight."
         )
-    return Part(name, pieces, kept, len(part) - len(kept), config.weight)
+    return windows
+
+
+def check_mixture(mixture: Sequence[tuple[int, Sequence[float]]], sources: int) -> None:
+    """Raises a UserError for shares that do not cover the run from its first row on."""
+    starts = [row for row, _ in mixture]
+    if starts[0] != 0 or sorted(set(starts)) != starts:
+        raise UserError(
+            "config.data.mixture does not cover the run: its steps must begin with 0 and ascend. Give (step, shares) "
+            "for step 0 and for each step at which the shares change."
+        )
+    for _, shares in mixture:
+        if len(shares) != sources:
+            raise UserError(
+                f"config.data.mixture has the shares {shares} for {sources} sources. Give as many shares as "
+                "config.data.train has sources."
+            )
 
 
 def batches(

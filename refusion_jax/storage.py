@@ -1,0 +1,131 @@
+"""Files wherever they lie: in folders of this machine, or in buckets (`gs://`, `s3://`) through etils.epath and fsspec.
+
+Credentials come from the environment, as the storage's own client finds them, and are never printed.
+"""
+
+import contextlib
+import os
+import random
+import sys
+import time
+import uuid
+from collections.abc import Callable
+from typing import TypeVar
+
+from etils import epath
+
+from refusion_jax.errors import UserError
+
+ATTEMPTS = 6  # of a read or write in a bucket, with pauses between them of 0.5, 1, 2, 4 and 8 seconds
+FIRST_PAUSE = 0.5
+Result = TypeVar("Result")
+
+
+def is_local(path: str | os.PathLike) -> bool:
+    """Whether a path names a file of this machine's file systems, not the address of something else."""
+    return "://" not in str(path)
+
+
+def as_path(path: str | os.PathLike) -> epath.Path:
+    """A path in a folder of this machine ("~" is the home) or in a bucket."""
+    return epath.Path(os.path.expanduser(path)) if is_local(path) else epath.Path(path)
+
+
+def read(path: epath.Path, start: int = 0, stop: int | None = None) -> bytes:
+    """Bytes start..stop of a file; to its end by default.
+
+    Raises:
+      FileNotFoundError: there is no such file.
+      UserError: it is in a bucket that does not answer, or in none of ours.
+    """
+    if is_local(path):
+        with open(path, "rb") as file:
+            file.seek(start)
+            return file.read() if stop is None else file.read(stop - start)
+    system, name = _file_system(path)
+    return patiently(lambda: system.cat_file(name, start or None, stop), f"Cannot read {path}")
+
+
+def write(path: epath.Path, content: bytes) -> None:
+    """Writes a file that nobody ever sees half written.
+
+    Raises:
+      OSError: the disk is full, or the folder cannot be written.
+      UserError: it is in a bucket that does not answer, or in none of ours.
+    """
+    if not is_local(path):
+        system, name = _file_system(path)
+        patiently(lambda: system.pipe_file(name, content), f"Cannot write {path}")  # objects appear whole
+        return
+    with replacing(path) as part, open(part, "wb") as file:
+        file.write(content)
+
+
+@contextlib.contextmanager
+def replacing(path: str | os.PathLike):
+    """Gives the name of a local file to be written, which then takes the place of `path` unless an error is raised."""
+    part = f"{path}.{uuid.uuid4().hex}.part"
+    try:
+        yield part
+        with open(part, "rb") as file:
+            os.fsync(file.fileno())  # the move to its place must not reach the disk before the content
+        os.replace(part, path)
+    finally:
+        with contextlib.suppress(FileNotFoundError):
+            os.remove(part)
+
+
+def upload(part: str, path: epath.Path) -> None:
+    """Copies a local file to its place in a bucket, where it appears whole."""
+    system, name = _file_system(path)
+    patiently(lambda: system.put_file(part, name), f"Cannot write {path}")
+
+
+def patiently(action: Callable[[], Result], what: str) -> Result:
+    """The result of `action`, tried again with growing pauses while the storage fails.
+
+    Raises:
+      FileNotFoundError: at once.
+      UserError: no permission, at once; or it has failed `ATTEMPTS` times.
+    """
+    for attempt in range(ATTEMPTS):
+        try:
+            return action()
+        except FileNotFoundError:
+            raise
+        except Exception as error:  # each storage's client has its own kinds
+            reason = f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}"[:300]
+            if _refused(error) or attempt == ATTEMPTS - 1:
+                raise UserError(
+                    f"{what}: {reason} ({attempt + 1} attempts). Check that the bucket is there, that the "
+                    "environment's credentials may use it, and the network; then start again."
+                ) from error
+            if attempt:
+                print(f"{what}: {reason}; trying again", file=sys.stderr)
+            time.sleep(FIRST_PAUSE * 2**attempt * random.uniform(0.5, 1))  # not all hosts at the same time
+    raise AssertionError
+
+
+def _refused(error: Exception) -> bool:
+    """Whether it is no use to ask again."""
+    return isinstance(error, PermissionError) or str(getattr(error, "code", "")) in ("400", "401", "403")
+
+
+def _file_system(path: epath.Path):
+    """(fsspec's file system, the name in it) of an address.
+
+    Raises:
+      UserError: the library for this kind of address is not installed, or does not find credentials.
+    """
+    import fsspec
+
+    try:
+        return fsspec.core.url_to_fs(str(path))
+    except (ImportError, ValueError) as error:
+        raise UserError(
+            f"{path} cannot be used: {error}. gs:// addresses need pip install 'refusion_jax[gcs]', s3:// ones s3fs."
+        ) from error
+    except Exception as error:
+        raise UserError(
+            f"{path} cannot be used: {type(error).__name__}: {error}. Give the environment credentials for it."
+        ) from error
