@@ -9,7 +9,6 @@ elsewhere, a converted checkpoint say, and --mesh restores them onto several dev
 import argparse
 import dataclasses
 import functools
-import json
 import pathlib
 import sys
 from typing import Any
@@ -18,6 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import reference_decode
 import reference_losses
 
 from refusion_jax.checkpoint import load
@@ -32,7 +32,6 @@ from refusion_jax.objective.common import Inputs, token_losses
 from refusion_jax.objective.masked import Masked
 from refusion_jax.objective.refusion import Refusion
 from refusion_jax.parallel import sharding
-from refusion_jax.sampling import PlanAndInfillConfig, Report, generate
 
 LOGITS_TOLERANCE = 2e-4  # max abs difference
 LOSS_TOLERANCE = 1e-5  # relative
@@ -162,36 +161,19 @@ def check_losses(config: ModelConfig, params: dict, path: pathlib.Path) -> tuple
 def check_decode(
     config: ModelConfig, params: dict, path: pathlib.Path, speculate: str = "off"
 ) -> tuple[int, int, list[str]]:
-    """(prompts, equal ones, mismatches): response, commit order and, without speculation, forward passes."""
+    """(prompts, equal ones, mismatches): response, order and, without speculation, forwards and their tokens."""
     if jax.default_backend() == "cpu":  # compiling takes far longer than running
         jax.config.update("jax_disable_most_optimizations", True)
-    cases = [json.loads(line) for line in path.read_text().splitlines()]
-    groups = {}
-    for number, case in enumerate(cases, 1):
-        groups.setdefault(tuple(case["params"].items()), []).append((number, case))
-    problems, forwards, forwarded, widest = {}, 0, 0, 0
-    for setting, members in groups.items():
-        setting = dict(setting)
-        sampler = PlanAndInfillConfig(blocks=setting.pop("serial_num_blocks"), **setting, speculate=speculate)
-        report = Report()
-        answers = generate(
-            params, config, sampler, [case["prompt"] for _, case in members], batch_size=16, report=report
-        )
-        widest = max(widest, report.window)
-        for (number, case), answer in zip(members, answers, strict=True):
-            order = [len(case["prompt"]) + offset for offset in answer.order]
-            compared = {"response": (answer.tokens, case["response"]), "commit_order": (order, case["commit_order"])}
-            if speculate == "off":
-                compared["forwards"] = (answer.forwards, case["forwards"])
-            for name, (ours, theirs) in compared.items():
-                if ours != theirs:
-                    problems.setdefault(number, []).append(
-                        f"{path.name} line {number}, {name}: {ours}, reference {theirs}"
-                    )
-            forwards += answer.forwards
-            forwarded += answer.tokens_forwarded
-    print(f"speculate={speculate}: {forwards} forward passes of {forwarded} tokens, windows of up to {widest}")
-    return len(cases), len(cases) - len(problems), sum(problems.values(), [])
+    if config.mask_token_id is None:  # the last id, where a model's file does not say
+        config = dataclasses.replace(config, mask_token_id=config.vocab_size - 1)
+    cases = reference_decode.read(path, config.vocab_size, speculate)
+    equal, problems, forwards, forwarded = 0, [], 0, 0
+    for case, answer in reference_decode.decode(params, config, cases):
+        different = reference_decode.mismatches(case, answer, path.name)
+        equal, problems = equal + (not different), problems + different
+        forwards, forwarded = forwards + answer.forwards, forwarded + answer.tokens_forwarded
+    print(f"{forwards} forward passes of {forwarded} tokens" + f", speculate={speculate}" * (speculate != "off"))
+    return len(cases), equal, problems
 
 
 def main() -> None:

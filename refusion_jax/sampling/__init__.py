@@ -21,17 +21,21 @@ from refusion_jax.sampling.autoregressive import AutoregressiveConfig
 from refusion_jax.sampling.batching import Report, generate, stream
 from refusion_jax.sampling.config import Generation, SamplerConfig
 from refusion_jax.sampling.engine import Engine, Prompt
+from refusion_jax.sampling.masked import MaskedConfig
 from refusion_jax.sampling.methods import sampler_config
 from refusion_jax.sampling.plan_and_infill import PlanAndInfillConfig
+from refusion_jax.sampling.speculative import SpeculativeConfig
 
 __all__ = [
     "AutoregressiveConfig",
     "Engine",
     "Generation",
+    "MaskedConfig",
     "PlanAndInfillConfig",
     "Prompt",
     "Report",
     "SamplerConfig",
+    "SpeculativeConfig",
     "generate",
     "sampler_config",
     "stream",

@@ -58,6 +58,7 @@ class Autoregressive:
     window: int = 1
     widths: tuple[int, ...] = (1,)
     free: int = 1
+    in_place: ClassVar[bool] = False
     held_back: int = 1  # the prompt's last token is the first window
 
     def start(self, request: Request) -> Row:

@@ -71,6 +71,12 @@ class SamplerConfig(abc.ABC):
         """Tokens that are shown together, and tokens of a block that is written before the next; 0: no such thing."""
         return 0, 0
 
+    def prompt_block(self, prompt_length: int) -> tuple[int, int]:
+        """Size of the blocks of a prompt, whose tokens see each other and those of earlier blocks, and how many tokens
+        the first block lacks. Only whole blocks are forwarded by themselves.
+        """
+        return 1, 0
+
     def up_to(self, limit: int) -> int:
         """Positions that an answer of at most `limit` tokens takes; 0: of the longest."""
         return self.length
@@ -81,8 +87,21 @@ class SamplerConfig(abc.ABC):
         names = [field.name for field in dataclasses.fields(self) if not field.metadata["traced"]]
         return {"method": self.method} | {name: getattr(self, name) for name in names}
 
+    def traced(self) -> dict[str, np.ndarray]:
+        """By name, the settings of this method alone that are each request's own."""
+        common = [field.name for field in dataclasses.fields(SamplerConfig)]
+        fields = [field for field in dataclasses.fields(self) if field.metadata["traced"] and field.name not in common]
+        of_type = lambda field: np.float32 if isinstance(field.default, float) else np.int32
+        return {field.name: np.asarray(getattr(self, field.name), of_type(field)) for field in fields}
+
     def check(self, model: ModelConfig) -> None:
         """Raises a UserError where the model cannot be decoded in this way."""
+
+    def own(self, prompt: Any) -> dict[str, np.ndarray]:
+        """What the sampler is told of an `engine.Prompt` besides its length and last token, by name; the shapes do not
+        depend on the prompt.
+        """
+        return {}
 
     @abc.abstractmethod
     def sampler(self, model: ModelConfig, batch: int, platform: str) -> Any:
@@ -114,16 +133,13 @@ class Settings:
         """
         stops = np.full(MAX_STOP_IDS, -1, np.int32)
         stops[: 1 + len(stop_ids)] = [eos, *stop_ids]
-        common = [field.name for field in dataclasses.fields(SamplerConfig)]
-        traced = [field for field in dataclasses.fields(config) if field.metadata["traced"]]
-        of_type = lambda field: np.float32 if isinstance(field.default, float) else np.int32
         return cls(
             temperature=np.float32(config.temperature),
             top_k=np.int32(config.top_k),
             top_p=np.float32(config.top_p),
             limit=np.int32(limit or config.length),
             stop_ids=stops,
-            own={f.name: of_type(f)(getattr(config, f.name)) for f in traced if f.name not in common},
+            own=config.traced(),
         )
 
     def stops(self, tokens: jax.Array) -> jax.Array:
@@ -141,7 +157,7 @@ class Generation:
       order: positions of all committed tokens in commit order, counted from the start of the response. Tokens committed
         behind an EOS are in here (they condition the slots before it) though not in `tokens`.
       committed: the ids that belong to `order`.
-      rounds: the round (which plan) each entry of `order` was committed in.
+      rounds: the round (which plan; with masked, which forward) each entry of `order` was committed in.
       forwards: forward passes of the loop that this prompt took part in. The prompt's own, chunk by chunk, are not
         counted.
       tokens_forwarded: tokens in all passes, the prompt included, padding not.

@@ -40,6 +40,8 @@ class Prompt:
       limit: tokens the answer may have; 0: as many as the engine's config says.
       stop_ids: ids that end the answer besides the model's EOS.
       stream: chooses the random stream in place of the index, where that only tells requests apart.
+      positions: of the tokens in the text, ascending; empty: 0, 1, 2, ...
+      holes: (position, tokens) of each hole of the text that is to be filled; empty: one behind the prompt.
     """
 
     tokens: Sequence[int]
@@ -49,6 +51,8 @@ class Prompt:
     limit: int = 0
     stop_ids: tuple[int, ...] = ()
     stream: int | None = None
+    positions: Sequence[int] = ()
+    holes: tuple[tuple[int, int], ...] = ()
 
 
 class Engine:
@@ -188,10 +192,13 @@ class Engine:
         more join.
         """
         own = self.batch // self._shards
-        left = {row: len(self._owner[row].tokens) - self.sampler.held_back - at for row, at in self._left.items()}
-        longest = next(iter(left.values()))
-        width = next((width for width in PREFILL_WIDTHS if width >= longest), PREFILL_WIDTHS[-1])
-        slots = min(PREFILL_TOKENS // width, own)
+        left = {row: self._alone(self._owner[row]) - at for row, at in self._left.items()}
+        if self.sampler.in_place:  # whole prompts, which are only noted down
+            width, slots = self.cache_length, own
+        else:
+            longest = next(iter(left.values()))
+            width = next((width for width in PREFILL_WIDTHS if width >= longest), PREFILL_WIDTHS[-1])
+            slots = min(PREFILL_TOKENS // width, own)
         chosen: list[list[int]] = [[] for _ in range(self._shards)]
         for row, count in left.items():
             if len(chosen[row // own]) < slots and (count <= width or row == next(iter(left))):
@@ -204,13 +211,22 @@ class Engine:
         chex.assert_shape(chunk.tokens, (self._shards, slots, width))
         return chunk
 
+    def _alone(self, prompt: Prompt) -> int:
+        """Tokens of a prompt that are forwarded by themselves, before its first window."""
+        size, lacking = prompt.config.prompt_block(len(prompt.tokens))
+        count = len(prompt.tokens) - self.sampler.held_back
+        return count - (count + lacking) % size
+
     def _part(self, row: int, width: int) -> Chunk:
         """The next at most `width` prompt tokens of a row; they count as prefilled."""
         prompt, at = self._owner[row], self._left[row]
-        total = len(prompt.tokens) - self.sampler.held_back
+        total, (size, lacking) = self._alone(prompt), prompt.config.prompt_block(len(prompt.tokens))
         count = min(width, total - at)
-        tokens = np.zeros(width, np.int32)
+        if at + count < total:  # no block is cut
+            count -= (at + count + lacking) % size
+        tokens, positions = np.zeros((2, width), np.int32)
         tokens[:count] = prompt.tokens[at : at + count]
+        positions[:count] = (prompt.positions or range(total))[at : at + count]
         self._left[row] += count
         if at + count == total:
             del self._left[row]
@@ -220,10 +236,18 @@ class Engine:
         return Chunk(
             row=np.int32(row % (self.batch // self._shards)),
             tokens=tokens,
+            positions=positions,
+            blocks=((at + lacking + np.arange(width)) // size).astype(np.int32),
             offset=np.int32(at),
             count=np.int32(count),
             last=np.bool_(at + count == total),
             seed=np.uint32(prompt.seed),
             index=np.uint32(prompt.index if prompt.stream is None else prompt.stream),
-            request=Request(np.int32(len(prompt.tokens)), np.int32(prompt.tokens[-1]), None, settings),
+            request=Request(
+                prompt_length=np.int32(len(prompt.tokens)),
+                last_token=np.int32(prompt.tokens[-1]),
+                key=None,
+                settings=settings,
+                own=prompt.config.own(prompt),
+            ),
         )

@@ -200,6 +200,7 @@ class PlanAndInfill:
     carry: bool = False
     free: int = 0
     held_back: int = 0
+    in_place: ClassVar[bool] = False
 
     @property
     def length(self) -> int:

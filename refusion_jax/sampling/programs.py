@@ -1,11 +1,14 @@
 """What is compiled for decoding: the loop of a sampler over a batch, and the prefill of prompts.
 
-A sampler (plan_and_infill.py, autoregressive.py) is a frozen, hashable dataclass with `model`, `length` (of an answer),
-`widths` (tokens that a forward may take, ascending), `window` (the last of them), `free` (tokens that a row may always
-fill), `held_back` (prompt tokens left to the first window), and functions of one row: `start(request) -> row`,
-`needed(row) -> tokens`, `ask(row, room) -> window`, `advance(row, window, seen) -> (row, tokens committed)`. A process
-compiles one loop for each (sampler, batch, length of the cache), and prefills of a few widths; settings of a request
-are traced.
+A sampler (plan_and_infill.py, autoregressive.py, masked.py) is a frozen, hashable dataclass with `model`, `length` (of
+an answer), `widths` (tokens that a forward may take, ascending), `window` (the last of them), `free` (tokens that a row
+may always fill), `held_back` (prompt tokens left to the first window), and functions of one row: `start(request) ->
+row`, `needed(row) -> tokens`, `ask(row, room) -> window`, `advance(row, window, seen) -> (row, tokens committed)`. A
+process compiles one loop for each (sampler, batch, length of the cache), and prefills of a few widths; settings of a
+request are traced.
+
+With `in_place` a window overwrites the entries of its positions and may be as wide as the cache, a row holds its
+`prompt` [cache_length] and forwards it itself, and `window.at` says which tokens' logits are asked for.
 """
 
 import dataclasses
@@ -34,7 +37,8 @@ class Chunk:
 
     Attributes:
       row: index within the shard; past its end: padding.
-      tokens: [shard, slot, width] ids.
+      tokens, positions: [shard, slot, width] ids and their positions in the text.
+      blocks: [shard, slot, width]; a token sees those of its own and of earlier blocks.
       offset, count: entries in the cache before these tokens; how many of them are no padding.
       last: bool, the prompt is in the cache afterwards and the row starts.
       seed, index, request: of the row (the request's key is made from seed and index).
@@ -42,6 +46,8 @@ class Chunk:
 
     row: Any
     tokens: Any
+    positions: Any
+    blocks: Any
     offset: Any
     count: Any
     last: Any
@@ -78,20 +84,25 @@ def cache_bucket(entries: int) -> int:
 def empty(sampler, settings: Settings, batch: int, cache_length: int) -> State:
     """A batch without requests: every row is done. `settings` are any of this method."""
     settings = jax.tree.map(jnp.asarray, settings)
-    row = sampler.start(Request(jnp.int32(1), jnp.int32(0), jax.random.key(0), settings)).replace(done=jnp.bool_(True))
+    prompt = jnp.zeros(cache_length, jnp.int32) if sampler.in_place else None
+    request = Request(jnp.int32(1), jnp.int32(0), jax.random.key(0), settings, prompt)
+    row = sampler.start(request).replace(done=jnp.bool_(True))
     rows = jax.tree.map(lambda x: jnp.broadcast_to(x, (batch, *x.shape)), row)
     return State(KVCache.empty(sampler.model, batch, cache_length), rows).placed()
 
 
 def forward(sampler, params: dict, state: State) -> State:
     """One pass of every row's window, and what follows from it."""
-    rows, widths = state.rows, jnp.array(sampler.widths)
+    rows, sizes = state.rows, sampler.widths
+    if sampler.in_place:  # at times all that is in the cache
+        sizes = (*(size for size in sizes if size < state.cache.cache_length), state.cache.cache_length)
+    widths = jnp.array(sizes)
     choice = lambda tokens: jnp.searchsorted(widths, jnp.where(rows.done, 0, tokens).max())  # the least that is enough
     # What some row needs others fill at no cost.
     room = jnp.maximum(widths[choice(jax.vmap(sampler.needed)(rows))], sampler.free)
     window = jax.vmap(sampler.ask, (0, None))(rows, room)
     see = functools.partial(look, sampler, params, window, rows.settings)
-    cache, seen = by_width(see, sampler.widths, choice(window.used), state.cache)
+    cache, seen = by_width(see, sizes, choice(window.used), state.cache)
     rows = rows.replace(canvas=jax.vmap(Canvas.forwarded)(rows.canvas, jnp.where(rows.done, 0, window.used)))
     rows, committed = jax.vmap(sampler.advance)(rows, window, seen)
     return State(cache.commit(committed), rows)
@@ -116,18 +127,45 @@ def by_width(see: Any, widths: tuple[int, ...], choice: jax.Array, cache: KVCach
 def look(
     sampler, params: dict, window: Any, settings: Settings, width: int, cache: KVCache
 ) -> tuple[KVCache, reduction.Seen]:
-    """The cache with the first `width` tokens of every window behind its entries, and what the model says of them."""
+    """The cache with the first `width` tokens of every window in it, and what the model says of them."""
     model, first = sampler.model, lambda x: x[:, :width]
-    context = Cached.appended(cache, first(window.mask)[..., :width], model.attention)
-    hidden, context = Qwen3(model).apply({"params": params}, first(window.tokens), first(window.positions), context)
-    leaves, tree = jax.tree.flatten(jax.tree.map(first, window.query))
+    if sampler.in_place:
+        hidden, cache = look_in_place(sampler, params, jax.tree.map(first, window.text), window, cache)
+        query, padding = window.query, 0
+    else:
+        context = Cached.appended(cache, first(window.mask)[..., :width], model.attention)
+        hidden, context = Qwen3(model).apply({"params": params}, first(window.tokens), first(window.positions), context)
+        cache, query, padding = context.cache, jax.tree.map(first, window.query), sampler.window - width
+    leaves, tree = jax.tree.flatten(query)
 
     def head(sampled: bool):
-        reduce = lambda logits, *query: reduction.reduce(model, logits, tree.unflatten(query), sampled)
+        reduce = lambda logits, *query: tree.unflatten(query).answer(model, logits, sampled)
         return lambda: over_vocabulary(model, params, hidden, reduce, *leaves)
 
     seen = jax.lax.cond((settings.temperature > 0).any(), head(True), head(False))
-    return context.cache, jax.tree.map(lambda x: jnp.pad(x, ((0, 0), (0, sampler.window - width))), seen)
+    return cache, jax.tree.map(lambda x: jnp.pad(x, ((0, 0), (0, padding), *((0, 0),) * (x.ndim - 2))), seen)
+
+
+def look_in_place(sampler, params: dict, text: Any, window: Any, cache: KVCache) -> tuple[jax.Array, KVCache]:
+    """Hidden states [batch, asked for, hidden] of the tokens whose logits are asked for, and the cache.
+
+    With guidance they are un + (scale + 1)(cond - un), un being those without the prompt: logits are linear in them.
+    The two passes can share the cache, which both fill completely.
+    """
+
+    def forward(tokens: jax.Array, cache: KVCache):
+        context = Cached.in_place(cache, text.positions, sampler.model.attention)
+        hidden, context = Qwen3(sampler.model).apply({"params": params}, tokens, text.positions, context)
+        at = jnp.minimum(window.at, tokens.shape[1] - 1)
+        return jnp.take_along_axis(hidden, at[..., None], axis=1), context.cache
+
+    if not sampler.guided:
+        return forward(text.tokens, cache)
+    without, cache = forward(text.unprompted, cache)
+    hidden, cache = forward(text.tokens, cache)
+    scale, un, cond = window.scale[:, None, None], without.astype(jnp.float32), hidden.astype(jnp.float32)
+    guided = (un + (scale + 1) * (cond - un)).astype(hidden.dtype)
+    return jnp.where(scale > 0, guided, hidden), cache
 
 
 def run(sampler, params: dict, state: State, forwards: jax.Array, active: jax.Array) -> tuple[State, jax.Array]:
@@ -151,17 +189,22 @@ def prefill(sampler, params: dict, state: State, chunk: Chunk) -> State:
     flat = lambda x: x.reshape(shards * slots, *x.shape[2:])
     own = state.cache.length.shape[0] // shards  # rows of a shard
     to = flat(jnp.where(chunk.row < own, chunk.row + own * jnp.arange(shards)[:, None], state.cache.length.size))
-    offset, count = flat(chunk.offset), flat(chunk.count)
-    causal = jnp.broadcast_to(jnp.tri(width, dtype=bool), (shards * slots, width, width))
-    # Padding is forwarded too: it comes last, and what it leaves in the cache is overwritten before it can be seen.
-    view = state.cache.replace(rows=chunk.row, length=offset)
-    positions = offset[:, None] + jnp.arange(width)
-    context = Cached.appended(view, causal, sampler.model.attention)
-    _, context = Qwen3(sampler.model).apply({"params": params}, flat(chunk.tokens), positions, context)
-    cache = context.cache.replace(rows=None, length=state.cache.length.at[to].set(offset + count, mode="drop"))
+    offset, count, tokens = flat(chunk.offset), flat(chunk.count), flat(chunk.tokens)
+    cache, length, prompts = state.cache, offset + count, None
+    if sampler.in_place:
+        length, prompts = length + sampler.length, tokens  # all that is forwarded is seen
+    else:
+        # Padding is forwarded too: it comes last, and what it leaves in the cache is overwritten before it can be seen.
+        view = cache.replace(rows=chunk.row, length=offset)
+        blocks = flat(chunk.blocks)
+        context = Cached.appended(view, blocks[:, :, None] >= blocks[:, None], sampler.model.attention)
+        _, context = Qwen3(sampler.model).apply({"params": params}, tokens, flat(chunk.positions), context)
+        cache = context.cache
+    cache = cache.replace(rows=None, length=state.cache.length.at[to].set(length, mode="drop"))
 
     key = jax.vmap(lambda seed, index: jax.random.fold_in(jax.random.key(seed), index))
-    request = jax.tree.map(flat, chunk.request).replace(key=key(flat(chunk.seed), flat(chunk.index)))
+    key = key(flat(chunk.seed), flat(chunk.index))
+    request = jax.tree.map(flat, chunk.request).replace(key=key, prompt=prompts)
     start = jnp.where(flat(chunk.last), to, state.cache.length.size)
     put = lambda old, new: old.at[start].set(new, mode="drop")
     return State(cache, jax.tree.map(put, state.rows, jax.vmap(sampler.start)(request))).placed()
@@ -172,11 +215,14 @@ def stop(state: State, row: jax.Array) -> State:
     return state.replace(rows=state.rows.replace(done=state.rows.done.at[row].set(True))).placed()
 
 
-def grow(state: State, cache_length: int) -> State:
+def grow(sampler, state: State, cache_length: int) -> State:
     """The same with a longer cache."""
     longer = lambda x: jnp.pad(x, [(0, 0)] * (x.ndim - 2) + [(0, cache_length - x.shape[-2]), (0, 0)])
     k, v = jax.tree.map(longer, (state.cache.k, state.cache.v))
-    return state.replace(cache=state.cache.replace(k=k, v=v)).placed()
+    rows = state.rows
+    if sampler.in_place:
+        rows = rows.replace(prompt=jnp.pad(rows.prompt, ((0, 0), (0, cache_length - rows.prompt.shape[1]))))
+    return state.replace(cache=state.cache.replace(k=k, v=v), rows=rows).placed()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -199,7 +245,7 @@ def programs(sampler: Any, mesh: Mesh | None) -> Programs:
         run=on_mesh(functools.partial(run, sampler), donate_argnums=1),
         prefill=on_mesh(functools.partial(prefill, sampler), donate_argnums=1),
         stop=on_mesh(stop, donate_argnums=0),
-        grow=on_mesh(grow, static_argnums=1),
+        grow=on_mesh(functools.partial(grow, sampler), static_argnums=1),
     )
 
 

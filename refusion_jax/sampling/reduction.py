@@ -1,5 +1,8 @@
 """From logits to the few numbers per token that decoding decides with; run by `over_vocabulary`, logits never leave
 it.
+
+What is asked of the logits is a struct with a method `answer(model, logits, sampled)`: `Query` here, and those that a
+sampler has for itself.
 """
 
 from collections.abc import Callable
@@ -34,6 +37,9 @@ class Query:
         spread = lambda x: jnp.broadcast_to(x, next_tokens.shape)
         of_draft = map(spread, (settings.temperature, settings.top_k, settings.top_p))
         return cls(next_tokens, jax.random.key_data(keys), *of_draft)
+
+    def answer(self, model: ModelConfig, logits: jax.Array, sampled: bool) -> "Seen":
+        return reduce(model, logits, self, sampled)
 
 
 @struct.dataclass
@@ -75,20 +81,35 @@ def sample(logits: jax.Array, query: Query) -> jax.Array:
     settings.
     """
     logits = logits / jnp.maximum(query.temperature, 1e-6)[:, None]
+    logits = at_most_p(at_most_k(logits, query.top_k), query.top_p)
+    return jnp.argmax(with_noise(logits, query.key), axis=-1)
 
-    def cut_to_k(logits):
-        count = jnp.where(query.top_k > 0, query.top_k, logits.shape[-1])
+
+def at_most_k(logits: jax.Array, top_k: jax.Array) -> jax.Array:
+    """The k largest logits of every token, and those equal to the least of them; 0: all."""
+
+    def cut(logits):
+        count = jnp.where(top_k > 0, top_k, logits.shape[-1])
         return _cut(logits, lambda kept: jnp.sum(kept, axis=-1) >= count)
 
-    def cut_to_p(logits):
-        probs = jax.nn.softmax(logits, axis=-1)
-        kept = _cut(logits, lambda kept: jnp.sum(jnp.where(kept, probs, 0), axis=-1) >= query.top_p)
-        return jnp.where((query.top_p < 1)[:, None], kept, logits)
+    return jax.lax.cond((top_k > 0).any(), cut, lambda x: x, logits)
 
-    logits = jax.lax.cond((query.top_k > 0).any(), cut_to_k, lambda x: x, logits)
-    logits = jax.lax.cond((query.top_p < 1).any(), cut_to_p, lambda x: x, logits)
-    noise = jax.vmap(lambda key: jax.random.gumbel(jax.random.wrap_key_data(key), logits.shape[-1:]))(query.key)
-    return jnp.argmax(logits + noise, axis=-1)
+
+def at_most_p(logits: jax.Array, top_p: jax.Array) -> jax.Array:
+    """The fewest largest logits of every token whose probability reaches top_p; 1: all."""
+
+    def cut(logits):
+        probs = jax.nn.softmax(logits, axis=-1)
+        kept = _cut(logits, lambda kept: jnp.sum(jnp.where(kept, probs, 0), axis=-1) >= top_p)
+        return jnp.where((top_p < 1)[:, None], kept, logits)
+
+    return jax.lax.cond((top_p < 1).any(), cut, lambda x: x, logits)
+
+
+def with_noise(logits: jax.Array, keys: jax.Array) -> jax.Array:
+    """Logits [tokens, vocab] whose largest is a draw from them, by raw keys [tokens, 2]."""
+    noise = jax.vmap(lambda key: jax.random.gumbel(jax.random.wrap_key_data(key), logits.shape[-1:]))(keys)
+    return logits + noise
 
 
 def _cut(logits: jax.Array, enough: Callable[[jax.Array], jax.Array]) -> jax.Array:

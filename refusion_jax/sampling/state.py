@@ -20,12 +20,16 @@ class Request:
       last_token: of the prompt.
       key: PRNG key of the row.
       settings: of this request.
+      prompt: [cache_length] its ids and padding, where a sampler forwards prompts itself; else None.
+      own: what else the method wants to know of the prompt (`SamplerConfig.own`); nothing where there is no prompt.
     """
 
     prompt_length: jax.Array
     last_token: jax.Array
     key: jax.Array
     settings: Settings
+    prompt: jax.Array | None = None
+    own: dict[str, jax.Array] = struct.field(default_factory=dict)
 
 
 @struct.dataclass
@@ -36,7 +40,7 @@ class Canvas:
       tokens: [length] ids.
       when: [length] how many tokens had been committed before this one; -1: still open. Its argsort is the commit
         order.
-      round: [length] the round a token was committed in.
+      round: [length] the round (of plan-and-infill) or pass of the loop that a token was committed in.
       count: tokens committed.
       forwards: passes of the loop that the row took part in.
       tokens_forwarded: tokens in all its passes, the prompt's included.
