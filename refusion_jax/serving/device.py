@@ -1,0 +1,283 @@
+"""The one thread that touches JAX: it takes jobs from a queue, keeps the engines busy, and says what there is of each
+answer.
+
+    device = Device({"plan_and_infill": make_engine}, make_scorer, max_waiting=256, observer=metrics)
+    device.start()              # compiles everything; then device.ready
+    device.submit([job])        # from any thread; the job's `notify` is called, in this thread, when something changes
+    job.cancelled = "abort"     # its row is free after the current turn
+
+A turn is a few forwards of every engine with something to do, so that requests join and leave between turns and prompts
+are prefilled chunk by chunk beside rows that go on.
+"""
+
+import collections
+import dataclasses
+import itertools
+import queue
+import threading
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from absl import logging
+
+from refusion_jax.errors import UserError
+from refusion_jax.sampling import Engine, Generation, Prompt
+from refusion_jax.sampling.engine import PREFILL_WIDTHS
+from refusion_jax.serving.scoring import Score, Scorer
+
+WATCHED_FORWARDS = 4  # of a turn while somebody waits for a row or watches one
+ALONE_FORWARDS = 16  # of a turn otherwise
+WARMING, READY, BROKEN = "warming up", "ready", "broken"
+
+
+class Full(Exception):
+    """There are as many requests waiting as may."""
+
+
+class TooLate(Exception):
+    """A request's time was over before its answer was complete."""
+
+
+class Failed(Exception):
+    """The engine failed while it wrote an answer; the server is well."""
+
+
+@dataclasses.dataclass(eq=False)
+class Job:
+    """One answer that is wanted, or the score of one text; the device thread fills in the second half.
+
+    Attributes:
+      lane: the engine's name; "": `prompt.tokens` are only scored.
+      prompt: the request of the engine.
+      notify: called in the device thread when there is something new.
+      watched: `latest` is kept up to date while the answer is written.
+      deadline: of time.monotonic().
+      cancelled: set by whoever wants no more of the answer, to "stop" (a stop string) or "abort" (gone).
+      latest: what there is of the answer.
+      score: of `prompt.tokens`.
+      error: why there is no answer.
+      reason: why it ended: stop, length or abort.
+      queued, started, first, ended: when it came, got a row, had its first token, was done, of time.monotonic(); 0: not
+        yet.
+    """
+
+    lane: str
+    prompt: Prompt
+    notify: Callable[[], None]
+    watched: bool = False
+    deadline: float = float("inf")
+    cancelled: str = ""
+
+    latest: Generation | None = None
+    score: Score | None = None
+    error: Exception | None = None
+    reason: str = ""
+    queued: float = 0.0
+    started: float = 0.0
+    first: float = 0.0
+    ended: float = 0.0
+
+
+class Lane:
+    """An engine, the jobs in its rows, and those that wait for one."""
+
+    def __init__(self, make: Callable[[], Engine]):
+        self._make = make
+        self.engine = make()
+        self.waiting: collections.deque[Job] = collections.deque()
+        self.rows: dict[int, Job] = {}
+
+    def restart(self) -> None:
+        """An empty engine in place of one that failed; its programs are compiled already."""
+        self.engine, self.rows = self._make(), {}
+
+    def warm_up(self) -> None:
+        """Runs each of the engine's programs."""
+        model, length = self.engine.model, self.engine.sampler.length
+        room = self.engine.cache_length - length - self.engine.sampler.window
+        longest = min(room, model.max_position_embeddings - length)
+        ordinary = next(
+            i for i in range(model.logical_vocab_size) if i not in (model.mask_token_id, model.eos_token_id)
+        )
+        for width in PREFILL_WIDTHS:
+            prompt = [ordinary] * min(width, longest)
+            row = self.engine.add(Prompt(prompt, self.engine.config))
+            self.engine.step(1, unfinished=True)
+            self.engine.cancel(row)
+
+
+class Device(threading.Thread):
+    """The thread. Everything but `submit`, `state` and the counts is its own."""
+
+    def __init__(
+        self,
+        lanes: dict[str, Callable[[], Engine]],
+        scorer: Callable[[], Scorer] | None,
+        *,
+        max_waiting: int,
+        observer: Any,
+    ):
+        """
+        Args:
+          lanes: by name, what makes an engine.
+          scorer: what makes the scorer; None: nothing will be scored.
+          max_waiting: jobs that may wait for a row.
+          observer: told by `turn(device)` after every turn, `finished(job)`, and `warm()` (see metrics.py).
+        """
+        super().__init__(name="device", daemon=True)
+        self._makers, self._make_scorer, self._observer = lanes, scorer, observer
+        self._inbox: queue.SimpleQueue[Sequence[Job]] = queue.SimpleQueue()
+        self._lock = threading.Lock()
+        self._count = itertools.count()  # index of every prompt: updates are told apart by it
+        self.max_waiting, self.waiting, self.open = max_waiting, 0, 0
+        self.lanes: dict[str, Lane] = {}
+        self.state, self.failure = WARMING, None
+
+    # ------------------------------------------------------------------ from other threads
+
+    def submit(self, jobs: Sequence[Job], bounded: bool = True) -> None:
+        """Takes jobs, all or none; unless `bounded`, all.
+
+        Raises:
+          Full: they are too many for the queue now.
+        """
+        now = time.monotonic()
+        for job in jobs:
+            job.queued = now
+        with self._lock:
+            if bounded and self.waiting + len(jobs) > self.max_waiting:
+                raise Full
+            self.waiting += len(jobs)
+            self.open += len(jobs)
+        self._inbox.put(jobs)
+
+    # ------------------------------------------------------------------ the thread
+
+    def run(self) -> None:
+        try:
+            self._warm_up()
+        except Exception as error:  # whoever waits for it is told
+            self.state, self.failure = BROKEN, error
+            return
+        self.state = READY
+        while True:
+            self._receive()
+            for lane in self.lanes.values():
+                try:
+                    self._turn(lane)
+                except Exception as error:  # of XLA: the other engines and the requests to come are not concerned
+                    logging.exception("an engine failed and is made anew")
+                    for job in lane.rows.values():
+                        self._end(job, Failed(str(error)))
+                    lane.restart()
+            self._observer.turn(self)
+
+    def _warm_up(self) -> None:
+        for name, make in self._makers.items():
+            self.lanes[name] = Lane(make)
+            self.lanes[name].warm_up()
+        if self._make_scorer:
+            self.scorer = self._make_scorer()
+            self.scorer.warm_up()
+        self._observer.warm()
+
+    def _receive(self) -> None:
+        """Takes what is in the inbox; waits for something if there is nothing else to do."""
+        idle = not any(lane.rows or lane.waiting for lane in self.lanes.values())
+        try:
+            self._sort(self._inbox.get(block=idle))
+            while True:
+                self._sort(self._inbox.get_nowait())
+        except queue.Empty:
+            pass
+
+    def _sort(self, jobs: Sequence[Job]) -> None:
+        for job in jobs:
+            if job.lane:
+                self.lanes[job.lane].waiting.append(job)
+            else:
+                self._score(job)
+
+    def _score(self, job: Job) -> None:
+        self._start(job)
+        try:
+            if not job.cancelled:
+                job.score = self.scorer(job.prompt.tokens)
+            self._end(job)
+        except Exception as error:
+            self._end(job, Failed(str(error)))
+
+    def _turn(self, lane: Lane) -> None:
+        now = time.monotonic()
+        for row, job in list(lane.rows.items()):
+            if job.cancelled or now > job.deadline:
+                lane.engine.cancel(row)
+                del lane.rows[row]
+                self._end(job, None if job.cancelled else TooLate())
+        self._admit(lane, now)
+        if not lane.rows:
+            return
+        eager = lane.waiting or any(job.watched for job in lane.rows.values())
+        updates = lane.engine.step(WATCHED_FORWARDS if eager else ALONE_FORWARDS, unfinished=True)
+        by_index = {job.prompt.index: (row, job) for row, job in lane.rows.items()}
+        for generation in updates:
+            self._update(lane, *by_index[generation.index], generation)
+
+    def _admit(self, lane: Lane, now: float) -> None:
+        """Gives rows to waiting jobs, first come, first served."""
+        while lane.waiting:
+            job = lane.waiting[0]
+            error = TooLate() if now > job.deadline else None
+            if not (job.cancelled or error):
+                job.prompt = dataclasses.replace(job.prompt, index=next(self._count))
+                try:
+                    row = lane.engine.add(job.prompt)
+                except UserError as refusal:
+                    error = refusal
+                else:
+                    if row is None:
+                        return
+                    lane.rows[row] = job
+            lane.waiting.popleft()
+            self._start(job)
+            if job.cancelled or error:
+                self._end(job, error)
+
+    def _update(self, lane: Lane, row: int, job: Job, generation: Generation) -> None:
+        if generation.order and not job.first:
+            job.first = time.monotonic()
+        if generation.finished:
+            del lane.rows[row]
+            job.latest = generation
+            ends = (lane.engine.model.eos_token_id, *job.prompt.stop_ids)
+            job.reason = "stop" if generation.tokens and generation.tokens[-1] in ends else "length"
+            self._end(job)
+        elif job.latest is None or len(generation.order) > len(job.latest.order):
+            job.latest = generation
+            if job.watched:
+                job.notify()
+
+    def _start(self, job: Job) -> None:
+        job.started = time.monotonic()
+        with self._lock:
+            self.waiting -= 1
+
+    def _end(self, job: Job, error: Exception | None = None) -> None:
+        job.error, job.ended, job.reason = error, time.monotonic(), job.cancelled or job.reason
+        with self._lock:
+            self.open -= 1
+        self._observer.finished(job)
+        job.notify()
+
+    @property
+    def running(self) -> int:
+        """Jobs in a row."""
+        return sum(len(lane.rows) for lane in list(self.lanes.values()))
+
+    @property
+    def cache_used(self) -> float:
+        """Part of the caches' entries that hold a token."""
+        jobs = [job for lane in self.lanes.values() for job in lane.rows.values()]
+        used = sum(len(job.prompt.tokens) + (len(job.latest.order) if job.latest else 0) for job in jobs)
+        return used / sum(lane.engine.batch * lane.engine.cache_length for lane in self.lanes.values())
