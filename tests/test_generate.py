@@ -284,37 +284,6 @@ def test_visualisation_has_a_frame_per_forward(loaded, tools, checkpoint, decode
         visualize_decode.main(["--checkpoint", checkpoint, "--out", "decode.jpg"])
 
 
-def test_exact_match_counts_what_is_right(loaded, tools, checkpoint, decoder, tmp_path, capsys, monkeypatch):
-    """Of ten held-out examples the references of six are what the model says."""
-    import evaluate_tasks
-
-    records = [{"query": f"query {i}", "response": "nothing like it"} for i in range(40)]
-    monkeypatch.setattr(decoder_lib, "run_config", lambda *_: {"data": {"evaluation": [source]}})
-    source = {
-        "kind": "json",
-        "path": str(tmp_path / "data.json"),
-        "query_field": "query",
-        "options": [],
-        "start": 0.2,
-        "stop": 0.7,
-    }
-    (tmp_path / "data.json").write_text(json.dumps(records))
-    part = list(decoder_lib.held_out(checkpoint)[0].part())[:10]
-    for i, answer in zip(part[:6], decoder.generate([records[i]["query"] for i in part[:6]], batch_size=2, **SETTINGS)):
-        records[i]["response"] = (
-            f"because #### {answer.text}" if answer.text.strip() else pytest.skip("an empty answer")
-        )
-    (tmp_path / "data.json").write_text(json.dumps(records))
-    evaluate_tasks.main(["--checkpoint", checkpoint, "--examples", "10", "--json", str(tmp_path / "out.json"), *FLAGS])
-    plan, autoregressive = json.loads((tmp_path / "out.json").read_text())
-    assert (plan["method"], plan["exact_match"], plan["examples"]) == ("plan_and_infill", 0.6, 10)
-    assert [wrong["query"] for wrong in plan["wrong"]] and len(plan["wrong"]) == 4
-    assert (
-        autoregressive["tokens_per_forward"] == 1.0 and plan["tokens_per_forward"] == plan["tokens"] / plan["forwards"]
-    )
-    assert "60.0%" in capsys.readouterr().out
-
-
 def test_converted_checkpoint_has_no_held_out_examples(reference):
     with pytest.raises(UserError, match="no held-out examples"):
         decoder_lib.held_out(reference / "tiny" / "model")

@@ -355,7 +355,7 @@ def test_quickstart_runs_the_commands_in_order(clone, tmp_path):
     done = bash(clone / "launch/quickstart.sh", "--config.seed=1", **environ)
     assert done.returncode == 0, done.stderr
     install, train, *tools = [line.split() for line in calls.read_text().splitlines()]
-    assert install[-1] == f"{clone}[demo]"
+    assert install[-1] == f"{clone}[demo,eval]"
     assert train == [
         "-m",
         "refusion_jax.train",
