@@ -25,6 +25,7 @@ from refusion_jax import compilation
 from refusion_jax.decoder import Decoder, add_model_arguments, add_sampler_arguments, decoder_of, settings_of
 from refusion_jax.errors import UserError, run_main
 from refusion_jax.sampling import Engine, SamplerConfig
+from refusion_jax.sampling.methods import METHODS
 from refusion_jax.sampling.programs import cache_bucket, make_sampler
 
 try:
@@ -152,12 +153,14 @@ def listen(host: str, port: int) -> socket.socket:
     Raises:
       UserError: the address is taken, or not this machine's.
     """
+    if not 0 <= port <= 65535:
+        raise UserError(f"--port is {port}; choose one from 1 to 65535, or 0 for any that is free.")
     try:
         family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
         found = socket.socket(family, kind, protocol)
         found.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         found.bind(address)
-    except (OSError, OverflowError) as error:
+    except OSError as error:
         raise UserError(
             f"Cannot listen on {host} port {port} ({error}). Choose another --port (0: any that is free) or --host."
         ) from None
@@ -175,6 +178,9 @@ def service_of(decoder: Decoder, arguments: argparse.Namespace, keys: Sequence[s
     """
     first = settings_of(arguments, decoder)
     also = [method for method in arguments.also.split(",") if method and method != first.method]
+    for method in also:
+        if method not in METHODS:
+            raise UserError(f"--also names the method {method!r}; choose from {', '.join(METHODS)}.")
     methods = {first.method: first} | {method: settings_of(arguments, decoder, method=method) for method in also}
     max_length = arguments.max_length or min(4096, decoder.model.max_position_embeddings)
     longest = max(config.length for config in methods.values())

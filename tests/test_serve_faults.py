@@ -300,7 +300,8 @@ def test_sigterm_under_load_finishes_what_runs(decoder, repository, tmp_path):
     [
         (["--host", "0.0.0.0"], "no key is asked for"),
         (["--api-key-file", "/nowhere/keys"], "Cannot read --api-key-file"),
-        (["--port", "99999"], "Cannot listen"),
+        (["--port", "99999"], "--port is 99999"),
+        (["--host", "192.0.2.1", "--no-key"], "Cannot listen"),
         (["--batch-size", "0"], "--batch-size is 0"),
         (["--timeout", "-1"], "--timeout is -1"),
     ],
@@ -316,7 +317,7 @@ def test_bad_start_ups_are_named_before_the_model_is_loaded(flags, message):
         (["--max-length", "16"], "--max-length is 16"),
         (["--max-length", "4096"], "at most the model's 256"),
         (["--batch-size", "100000000"], "GiB more than are free"),
-        (["--also", "guess"], "method is 'guess'"),
+        (["--also", "guess"], "the method 'guess'"),
     ],
 )
 def test_settings_that_do_not_suit_the_model_are_named(decoder, flags, message):
