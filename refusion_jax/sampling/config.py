@@ -2,6 +2,7 @@
 
 import abc
 import dataclasses
+import itertools
 import math
 from collections.abc import Sequence
 from typing import Any, ClassVar
@@ -97,6 +98,12 @@ class SamplerConfig(abc.ABC):
     def check(self, model: ModelConfig) -> None:
         """Raises a UserError where the model cannot be decoded in this way."""
 
+    def check_holes(self, sizes: Sequence[int]) -> None:
+        """Raises a UserError where the method cannot fill holes of so many tokens."""
+        raise UserError(
+            f"The method {self.method} writes behind a prompt and fills no holes; use the method plan_and_infill."
+        )
+
     def own(self, prompt: Any) -> dict[str, np.ndarray]:
         """What the sampler is told of an `engine.Prompt` besides its length and last token, by name; the shapes do not
         depend on the prompt.
@@ -162,6 +169,7 @@ class Generation:
         counted.
       tokens_forwarded: tokens in all passes, the prompt included, padding not.
       finished: the answer is complete.
+      parts: how many of `tokens` each hole has, where holes were to be filled; else one number.
     """
 
     index: int
@@ -172,6 +180,7 @@ class Generation:
     forwards: int
     tokens_forwarded: int
     finished: bool
+    parts: Sequence[int] = ()
 
     @property
     def tokens_per_forward(self) -> float:
@@ -180,24 +189,37 @@ class Generation:
 
     @classmethod
     def of(
-        cls, index: int, canvas: dict[str, np.ndarray], stop_ids: Sequence[int], limit: int, finished: bool
+        cls, index: int, canvas: dict[str, np.ndarray], stop_ids: Sequence[int], sizes: Sequence[int], finished: bool
     ) -> "Generation":
-        """From the canvas of one row (see `state.Canvas`)."""
+        """From the canvas of one row (see `state.Canvas`); `sizes`: tokens of each of its holes, of a plain answer its
+        limit.
+        """
         order = np.argsort(canvas["when"], kind="stable")[np.sum(canvas["when"] < 0) :]
-        tokens, response, ended = canvas["tokens"].tolist(), [], False
-        while len(response) < limit and canvas["when"][len(response)] >= 0 and not ended:
-            response.append(tokens[len(response)])
-            ended = response[-1] in stop_ids
+        starts = itertools.accumulate(sizes, initial=0)
+        parts = [_written(canvas, start, size, stop_ids) for start, size in zip(starts, sizes)]
         return cls(
             index=index,
-            tokens=response,
+            tokens=list(itertools.chain(*parts)),
             order=order.tolist(),
             committed=canvas["tokens"][order].tolist(),
             rounds=canvas["round"][order].tolist(),
             forwards=int(canvas["forwards"]),
             tokens_forwarded=int(canvas["tokens_forwarded"]),
             finished=finished,
+            parts=[len(part) for part in parts],
         )
+
+
+def _written(canvas: dict[str, np.ndarray], start: int, size: int, stop_ids: Sequence[int]) -> list[int]:
+    """What there is of a hole up to the first open place or stop id."""
+    found = []
+    for token, when in zip(canvas["tokens"][start : start + size].tolist(), canvas["when"][start : start + size]):
+        if when < 0:
+            break
+        found.append(token)
+        if token in stop_ids:
+            break
+    return found
 
 
 def check_prompts(prompts: Sequence[Sequence[int]], model: ModelConfig, sampler: SamplerConfig, limit: int = 0) -> None:

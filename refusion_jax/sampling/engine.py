@@ -41,7 +41,8 @@ class Prompt:
       stop_ids: ids that end the answer besides the model's EOS.
       stream: chooses the random stream in place of the index, where that only tells requests apart.
       positions: of the tokens in the text, ascending; empty: 0, 1, 2, ...
-      holes: (position, tokens) of each hole of the text that is to be filled; empty: one behind the prompt.
+      holes: (position, tokens) of each hole of the text that is to be filled, `limit` in all; empty: the answer stands
+        behind the prompt.
     """
 
     tokens: Sequence[int]
@@ -145,8 +146,8 @@ class Engine:
             prompt = self._owner[row]
             of_row = {name: values[row] for name, values in canvas.items()}
             stops = (self.model.eos_token_id, *prompt.stop_ids)
-            limit = prompt.limit or self.sampler.length
-            answers.append(Generation.of(prompt.index, of_row, stops, limit, bool(done[row])))
+            sizes = [size for _, size in prompt.holes] or [prompt.limit or self.sampler.length]
+            answers.append(Generation.of(prompt.index, of_row, stops, sizes, bool(done[row])))
             if done[row]:
                 self._owner[row] = None
         return answers
@@ -182,6 +183,8 @@ class Engine:
             )
         if not 0 <= prompt.limit <= self.sampler.length:
             raise UserError(f"Request {prompt.index} has limit {prompt.limit}; choose from 1 to {self.sampler.length}.")
+        if prompt.holes:
+            prompt.config.check_holes([size for _, size in prompt.holes])
         if len(prompt.stop_ids) >= MAX_STOP_IDS:
             raise UserError(
                 f"Request {prompt.index} has {len(prompt.stop_ids)} stop_ids; at most {MAX_STOP_IDS - 1} are possible."

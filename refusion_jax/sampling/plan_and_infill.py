@@ -12,21 +12,27 @@ cache:
 These are the *main* chunks, and what is committed is always a prefix of them. Behind them the window has room for
 chunks that may be needed next: speculation.py, which changes nothing but the number of forwards.
 
+An answer is the text behind its prompt, or what is missing of a text: holes of whole slots, before and behind which
+everything is given and in the cache from the start. Its slots are numbered through all holes. A stop id ends its hole;
+decoding ends with the last one.
+
 All functions are of one row; the engine maps them over the batch, rows in different phases side by side.
 """
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
-from flax import struct
+import numpy as np
 
 from refusion_jax.errors import UserError
 from refusion_jax.model.config import ModelConfig
 from refusion_jax.sampling import speculation
 from refusion_jax.sampling.config import SamplerConfig, Settings, setting
 from refusion_jax.sampling.reduction import Query, Seen
+from refusion_jax.sampling.slots import Outcome, Row, Window
 from refusion_jax.sampling.state import Canvas, Request, first, select
 
 PLAN, VERIFY, COMPLETE = range(3)
@@ -114,6 +120,22 @@ class PlanAndInfillConfig(SamplerConfig):
                 "with the ReFusion objective, or the method autoregressive."
             )
 
+    def check_holes(self, sizes: Sequence[int]) -> None:
+        for index, size in enumerate(sizes):
+            if size % self.slot_size:
+                raise UserError(
+                    f"Hole {index} has {size} tokens, but holes are whole slots of slot_size {self.slot_size}: make it "
+                    f"{-(-size // self.slot_size) * self.slot_size}, or choose another slot_size."
+                )
+
+    def own(self, prompt: Any) -> dict[str, np.ndarray]:
+        """Where the slots of the answer lie in the text, and in which of its holes."""
+        places = [position + i for position, size in prompt.holes for i in range(size)]
+        holes = [hole for hole, (_, size) in enumerate(prompt.holes) for _ in range(size // self.slot_size)]
+        behind = len(prompt.tokens) + np.arange(len(places), self.length)  # a plain answer, or past the limit
+        more = [len(prompt.holes)] * (self.slots - len(holes))
+        return {"positions": np.int32([*places, *behind]), "holes": np.int32([*holes, *more])}
+
     def sampler(self, model: ModelConfig, batch: int, platform: str) -> "PlanAndInfill":
         n, k, cpu = self.slots // self.blocks, self.slot_size, platform == "cpu"
         auto = 0 if cpu else FREE_TOKENS // batch
@@ -129,55 +151,6 @@ class PlanAndInfillConfig(SamplerConfig):
             carry=carry,
             free=CPU_FREE_TOKENS // batch if cpu and self.speculate == "auto" and not self.window else chunks * k,
         )
-
-
-@struct.dataclass
-class Row:
-    """Where the decoding of a prompt stands. Slots are numbered within the block."""
-
-    done: jax.Array
-    prompt_length: jax.Array
-    key: jax.Array
-    settings: Settings
-    canvas: Canvas
-    phase: jax.Array
-    block: jax.Array
-    round: jax.Array  # plans used so far
-    ended: jax.Array  # bool: a stop id has been committed
-    remaining: jax.Array  # [n] bool: slots of the block that are not committed
-    chosen: jax.Array  # [n] bool: slots of this round
-    fill: jax.Array  # [n, k] ids: drafts, then what completion makes of them
-    confidence: jax.Array  # [n, k] of `fill`; only speculation looks at it
-    prefix: jax.Array  # [n] accepted tokens of each chosen slot
-    predicting: jax.Array  # [n] bool: the tokens behind the prefix are to be predicted next
-
-
-@struct.dataclass
-class Window:
-    """What a row forwards next, and where in it things are; c stands for "nowhere"."""
-
-    tokens: jax.Array  # [W]
-    positions: jax.Array  # [W]
-    mask: jax.Array  # [W, W] bool (query, key)
-    used: jax.Array  # tokens that are not padding
-    query: Query
-    main_at: jax.Array  # [n] chunk of each slot
-    plan_at: jax.Array  # [n] chunk of each slot of the next plan
-    guess_at: jax.Array  # [n, k] chunk of each slot and cut
-    main_end: jax.Array  # main tokens up to the first stop id: what the next plan sees
-
-
-@struct.dataclass
-class Outcome:
-    """What a forward decides: the slots it commits, or how the chosen ones go on."""
-
-    taken: jax.Array  # [n] bool: slots to commit; none: the round goes on
-    stop_slot: jax.Array  # the committed slot with the first stop id; n: none
-    chosen: jax.Array  # [n] bool: slots still in this round
-    fill: jax.Array  # [n, k]
-    confidence: jax.Array  # [n, k]
-    prefix: jax.Array  # [n]
-    predicting: jax.Array  # [n] bool
 
 
 @dataclasses.dataclass(frozen=True)
@@ -218,17 +191,19 @@ class PlanAndInfill:
 
     def start(self, request: Request) -> Row:
         n, k = self.slots, self.slot_size
+        closed = jnp.zeros(n * self.blocks, bool)
         return Row(
             done=jnp.bool_(False),
-            prompt_length=request.prompt_length,
+            positions=request.own.get("positions", jnp.arange(self.length)),
+            holes=request.own.get("holes", jnp.zeros(n * self.blocks, jnp.int32)),
             key=request.key,
             settings=request.settings,
             canvas=Canvas.empty(self.length, request.prompt_length),
             phase=jnp.int32(PLAN),
             block=jnp.int32(0),
             round=jnp.int32(0),
-            ended=jnp.bool_(False),
-            remaining=self.open_slots(jnp.int32(0), request.settings),
+            closed=closed,
+            remaining=self.open_slots(request.settings, closed)[0],
             chosen=jnp.zeros(n, bool),
             fill=jnp.zeros((n, k), jnp.int32),
             confidence=jnp.zeros((n, k)),
@@ -236,9 +211,14 @@ class PlanAndInfill:
             predicting=jnp.zeros(n, bool),
         )
 
-    def open_slots(self, block: jax.Array, settings: Settings) -> jax.Array:
-        """[n] bool: slots of a block that begin before the row's limit."""
-        return (block * self.slots + jnp.arange(self.slots)) * self.slot_size < settings.limit
+    def open_slots(self, settings: Settings, closed: jax.Array) -> jax.Array:
+        """[blocks, n] bool: slots that begin before the row's limit and whose hole has not ended before them."""
+        begin = jnp.arange(len(closed)) * self.slot_size
+        return ((begin < settings.limit) & ~closed).reshape(self.blocks, self.slots)
+
+    def holes(self, row: Row) -> jax.Array:
+        """[n] hole of each slot of the row's block."""
+        return row.holes.reshape(self.blocks, self.slots)[row.block]
 
     # ------------------------------------------------------------------ what a row forwards
 
@@ -288,7 +268,8 @@ class PlanAndInfill:
         planned = is_plan[:, None] & (is_plan | (token < main_end))
         return Window(
             tokens=tokens.reshape(-1),
-            positions=row.prompt_length + offsets,
+            offsets=offsets,
+            positions=row.positions[offsets],
             mask=(same & (token[:, None] >= token)) | (before & (together | planned)),
             used=jnp.minimum(wanted.sum(), room) * k,
             query=Query.of(jnp.roll(tokens, -1, axis=1).reshape(-1), keys, row.settings),
@@ -376,22 +357,23 @@ class PlanAndInfill:
         ends = committing & (outcome.stop_slot < n)
         stop_at = first(row.settings.stops(row.fill))[outcome.stop_slot % n]
         count = jnp.where(committing, jnp.sum(outcome.taken) * k, 0) - jnp.where(ends, k - 1 - stop_at, 0)
-        offsets = window.positions[: n * k] - row.prompt_length
-        canvas = row.canvas.commit(offsets, window.tokens[: n * k], count, row.round - 1)
+        canvas = row.canvas.commit(window.offsets[: n * k], window.tokens[: n * k], count, row.round - 1)
 
-        remaining = row.remaining & ~outcome.taken & ~(ends & (jnp.arange(n) >= outcome.stop_slot))
-        ended = row.ended | ends
+        number, hole = jnp.arange(n * self.blocks), self.holes(row)[outcome.stop_slot % n]
+        closed = row.closed | (ends & (row.holes == hole) & (number >= row.block * n + outcome.stop_slot))
+        open_slots = self.open_slots(row.settings, closed)
+        remaining = row.remaining & ~outcome.taken & open_slots[row.block]
         over = committing & ~remaining.any()
-        last_block = (row.block + 1) * n * k >= row.settings.limit
-        done = row.done | (over & (ended | last_block))
-        block = row.block + (over & ~done)
+        later = open_slots.any(axis=1) & (jnp.arange(self.blocks) > row.block)
+        done = row.done | (over & ~later.any())
+        block = jnp.where(over & ~done, first(later), row.block)
         return row.replace(
             done=done,
             canvas=canvas,
             phase=jnp.where(committing, PLAN, COMPLETE).astype(jnp.int32),
             block=block,
-            ended=ended,
-            remaining=jnp.where(over & ~done, self.open_slots(block, row.settings), remaining),
+            closed=closed,
+            remaining=jnp.where(over & ~done, open_slots[block], remaining),
             chosen=outcome.chosen,
             fill=outcome.fill,
             confidence=outcome.confidence,

@@ -16,10 +16,11 @@ import jax.numpy as jnp
 from flax import struct
 
 from refusion_jax.sampling.reduction import Seen
+from refusion_jax.sampling.slots import Row
 from refusion_jax.sampling.state import first
 
 if TYPE_CHECKING:
-    from refusion_jax.sampling.plan_and_infill import PlanAndInfill, Row
+    from refusion_jax.sampling.plan_and_infill import PlanAndInfill
 
 
 @struct.dataclass
@@ -42,7 +43,7 @@ class Guess:
 
 def carry(
     sampler: "PlanAndInfill",
-    row: "Row",
+    row: Row,
     main: jax.Array,
     stop_at: jax.Array,
     stop_slot: jax.Array,
@@ -61,9 +62,11 @@ def carry(
     n, k = sampler.slots, sampler.slot_size
     slot, column = jnp.arange(n), jnp.arange(k)
 
-    after = row.remaining & ~row.chosen & (slot < stop_slot)
-    open_next = sampler.open_slots(row.block + 1, row.settings)
-    next_block = ~after.any() & (stop_slot == n) & ~row.ended & open_next.any() & (row.block + 1 < sampler.blocks)
+    holes = sampler.holes(row)
+    ended = (stop_slot < n) & (holes == holes[stop_slot % n]) & (slot >= stop_slot)
+    after = row.remaining & ~(main & (slot <= stop_slot)) & ~ended
+    open_next = sampler.open_slots(row.settings, row.closed)[jnp.minimum(row.block + 1, sampler.blocks - 1)]
+    next_block = ~after.any() & (stop_slot == n) & open_next.any() & (row.block + 1 < sampler.blocks)
     plan = jnp.where(next_block, open_next, after) & drafted & ~row.predicting.any()
     plan &= main.sum() + plan.sum() <= room
 
