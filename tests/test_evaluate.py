@@ -346,3 +346,24 @@ def test_settings_come_from_flags_then_file_then_authors(decoder, tmp_path):
     assert of({"token_threshold": 0.2}, *given, "--token-threshold", "0.7").token_threshold == 0.7
     autoregressive = of({}, "--authors", "--gen-length", "64", "--method", "autoregressive")
     assert autoregressive.method == "autoregressive" and autoregressive.gen_length == 64
+
+
+# --- Several processes.
+
+
+def test_two_processes_give_what_one_does(checkpoint, tmp_path):
+    from processes import finish
+    from processes import start as start_processes
+
+    command = ["-m", "refusion_jax.evaluate", "--checkpoint", checkpoint, "--tasks", "held_out", *FLAGS]
+    for count in (1, 2):
+        out, logs = tmp_path / f"out{count}", tmp_path / f"logs{count}"
+        logs.mkdir()
+        started = start_processes([*command, "--out", out], folder=logs, processes=count, devices=1)
+        codes, texts = finish(started, logs)
+        assert codes == [0] * count, texts
+    one, two = (next((tmp_path / f"out{count}" / "samples").iterdir()).read_bytes() for count in (1, 2))
+    assert one == two
+    shares = [len(path.read_text().splitlines()) for path in sorted((tmp_path / "out2" / "answers").glob("*.jsonl"))]
+    assert shares == [6, 6]
+    assert "accuracy" in texts[0] and "accuracy" not in texts[1]
