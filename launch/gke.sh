@@ -1,10 +1,12 @@
 #!/usr/bin/env bash
-# Trains on Google Kubernetes Engine, on TPU slices or GPU nodes. Needs kubectl and the JobSet API in the cluster.
+# Trains and serves on Google Kubernetes Engine, on TPU slices or GPU nodes. Needs kubectl; training: the JobSet API in the cluster.
 #
 #   launch/gke.sh start NAME --image I --claim C --accelerator tpu-v5p-slice --topology 4x4x4 [--slices 2] --config ... --workdir /shared/8b ...
 #   launch/gke.sh start NAME --image I --claim C --accelerator nvidia-h100-80gb --nodes 2 --config ... --workdir /shared/8b ...
 #   launch/gke.sh logs NAME    follow all workers
 #   launch/gke.sh stop NAME    save, then stop; start again with the same --workdir to go on
+#   launch/gke.sh serve NAME --image I --claim C --accelerator nvidia-h100-80gb --gpus-per-node 1 [--replicas 2 --max-replicas 8] --checkpoint /shared/8b ...
+#   launch/gke.sh unserve NAME running requests are answered first
 #
 # --image I        container image with this repository (launch/Dockerfile)
 # --claim C        volume claim that all workers can write, mounted at /shared (Filestore, say)
@@ -13,21 +15,24 @@
 # --slices N       TPU: slices (default 1); the mesh's data axis crosses slices, fsdp x tensor stay inside one
 # --nodes N        GPU: nodes (default 1), one process each
 # --gpus-per-node G  (default 8)
+# --replicas N     serve: servers, one on a node (default 1), up to
+# --max-replicas N serve: so many while requests wait (default: --replicas; more needs an adapter for Prometheus' metrics in the cluster)
+# --keys S         serve: secret whose entry "keys" has an API key on each line; default: no key, for a gateway that asks for one
 # --dry-run        print the manifest and the commands, run nothing
-# Everything from the first other argument on goes to python -m refusion_jax.train on every worker.
+# Everything from the first other argument on goes to python -m refusion_jax.train on every worker, or to python -m refusion_jax.serve.
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/lib.sh"
 
 action="${1:-}" name="${2:-}"
 case $action in
-  start | logs | stop) ;;
+  start | logs | stop | serve | unserve) ;;
   -h | --help | '') usage ;;
-  *) die "unknown action $action; use start, logs or stop" ;;
+  *) die "unknown action $action; use start, logs, stop, serve or unserve" ;;
 esac
 [ -n "$name" ] && [ "${name#-}" = "$name" ] || die "$action needs the name of the job: launch/gke.sh $action NAME ..."
 shift 2
 
-image='' claim='' accelerator='' topology='' slices=1 nodes=1 gpus=8
+image='' claim='' accelerator='' topology='' slices=1 nodes=1 gpus=8 replicas=1 most='' keys=''
 while [ $# -gt 0 ]; do
   case $1 in
     --image) image="$(value "$@")"; shift 2 ;;
@@ -37,6 +42,9 @@ while [ $# -gt 0 ]; do
     --slices) slices="$(value "$@")"; shift 2 ;;
     --nodes) nodes="$(value "$@")"; shift 2 ;;
     --gpus-per-node) gpus="$(value "$@")"; shift 2 ;;
+    --replicas) replicas="$(value "$@")"; shift 2 ;;
+    --max-replicas) most="$(value "$@")"; shift 2 ;;
+    --keys) keys="$(value "$@")"; shift 2 ;;
     --dry-run) DRY_RUN=yes; shift ;;
     *) break ;;
   esac
@@ -45,10 +53,15 @@ done
 case $action in
   logs) run kubectl logs --follow --prefix --max-log-requests=1000 "--selector=jobset.sigs.k8s.io/jobset-name=$name"; exit ;;
   stop) run kubectl delete jobset "$name"; exit ;;
+  unserve) run kubectl delete "deployment/$name" "service/$name" "poddisruptionbudget/$name" "horizontalpodautoscaler/$name"; exit ;;
 esac
 
+[ -n "$image" ] && [ -n "$claim" ] && [ -n "$accelerator" ] || die "$action needs --image, --claim and --accelerator"
+if [ "$action" = serve ]; then
+  source "$(dirname "${BASH_SOURCE[0]}")/gke_serve.sh"
+  exit
+fi
 check_train_arguments "$@"
-[ -n "$image" ] && [ -n "$claim" ] && [ -n "$accelerator" ] || die "start needs --image, --claim and --accelerator"
 train=(python -m refusion_jax.train "$@")
 
 if [ "${accelerator#tpu}" != "$accelerator" ]; then
@@ -95,6 +108,7 @@ spec:
         template:
           spec:
             restartPolicy: Never
+            securityContext: {runAsUser: 0}  # the volume may be root's alone
             terminationGracePeriodSeconds: 300  # time to save
             nodeSelector:
               $selector

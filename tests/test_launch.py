@@ -17,6 +17,8 @@ import pytest
 import yaml
 
 from refusion_jax import config as config_lib
+from refusion_jax import serve
+from refusion_jax.serving import metrics
 
 ROOT = pathlib.Path(__file__).parent.parent
 LAUNCH = ROOT / "launch"
@@ -43,8 +45,11 @@ OTHERS = [
     ["slurm.sh", "logs", "123"],
     ["tpu.sh", "create", "pod", "--type", "v5p-128", "--slices", "2", "--spot", "--project", "p"],
     *(["tpu.sh", action, "pod"] for action in ("logs", "status", "stop", "delete")),
-    *(["gke.sh", action, "job"] for action in ("logs", "stop")),
+    *(["gke.sh", action, "job"] for action in ("logs", "stop", "unserve")),
 ]
+SERVE = ["--checkpoint", "/shared/it's mine/8b", "--gen-length=256"]
+GPU = ["gke.sh", "serve", "model", *GKE, "--accelerator", "nvidia-h100-80gb", "--gpus-per-node", "1"]
+TPU = ["gke.sh", "serve", "model", *GKE, "--accelerator", "tpu-v6e-slice", "--topology", "2x2"]
 
 
 def bash(*command, cwd="/", **environ) -> subprocess.CompletedProcess:
@@ -126,7 +131,11 @@ def stubs(folder: pathlib.Path, *names: str) -> str:
 
 @pytest.mark.parametrize(
     "arguments, train",
-    [*((value[0], TRAIN) for name, value in STARTS.items() if "local" not in name), *((a, []) for a in OTHERS)],
+    [
+        *((value[0], TRAIN) for name, value in STARTS.items() if "local" not in name),
+        *((a, []) for a in OTHERS),
+        (GPU, SERVE),
+    ],
 )
 def test_dry_run_prints_what_the_real_run_does(arguments, train, tmp_path):
     path = stubs(tmp_path / "bin", "gcloud", "git", "sbatch", "scancel", "kubectl", "tail", "mkdir")
@@ -159,6 +168,46 @@ def test_gke_manifest_asks_for_the_right_machines():
     assert names["JAX_NUM_PROCESSES"] == "2"
 
 
+def test_gke_serves_with_probes_budget_and_scaling_on_the_queue():
+    printed = dry_run([*GPU, "--replicas", "2", "--max-replicas", "5"], SERVE)
+    deployment, service, budget, scaling = yaml.safe_load_all(printed)
+    pod = deployment["spec"]["template"]
+    (container,) = pod["spec"]["containers"]
+    flags = container["command"][3:]
+    assert container["command"][:3] == ["python", "-m", "refusion_jax.serve"] and flags[-len(SERVE) :] == SERVE
+    arguments = serve.arguments_of(flags)
+    assert arguments.host == "0.0.0.0" and arguments.port == container["ports"][0]["containerPort"]
+    assert serve.read_keys(arguments) == []  # --no-key: a gateway asks for one
+    assert pod["spec"]["terminationGracePeriodSeconds"] > arguments.grace
+    assert pod["spec"]["securityContext"]["runAsNonRoot"] is True
+    assert container["resources"]["limits"] == {"nvidia.com/gpu": 1}
+    paths = {name: container[f"{name}Probe"]["httpGet"]["path"] for name in ("startup", "readiness", "liveness")}
+    assert paths == {"startup": "/health", "readiness": "/health", "liveness": "/ping"}
+    for found in (deployment["spec"]["selector"]["matchLabels"], service["spec"]["selector"]):
+        assert found.items() <= pod["metadata"]["labels"].items()
+    assert budget["spec"]["selector"]["matchLabels"] == service["spec"]["selector"]
+    assert (scaling["spec"]["minReplicas"], scaling["spec"]["maxReplicas"]) == (2, 5)
+    metric = scaling["spec"]["metrics"][0]["pods"]["metric"]["name"]
+    assert f"{metric}{{" in metrics.Metrics("tiny").text().decode()
+
+
+def test_gke_serves_on_tpus_with_keys_from_a_secret():
+    deployment = next(yaml.safe_load_all(dry_run([*TPU, "--keys", "my-keys"], SERVE)))
+    pod = deployment["spec"]["template"]["spec"]
+    (container,) = pod["containers"]
+    arguments = serve.arguments_of(container["command"][3:])
+    mounts = {mount["name"]: mount["mountPath"] for mount in container["volumeMounts"]}
+    (secret,) = [volume for volume in pod["volumes"] if "secret" in volume]
+    assert secret["secret"] == {"secretName": "my-keys"}
+    assert str(arguments.api_key_file) == f"{mounts[secret['name']]}/keys" and not arguments.no_key
+    assert container["resources"]["limits"] == {"google.com/tpu": 4}
+
+
+def test_containers_run_as_a_user_without_rights():
+    users = re.findall(r"(?m)^USER (.*)$", (LAUNCH / "Dockerfile").read_text())
+    assert users and users[-1] not in ("0", "root")
+
+
 def test_slurm_batch_script_is_valid_and_has_the_tasks_asked_for():
     per_node = dry_run(STARTS["slurm"][0], TRAIN)
     per_gpu = dry_run(STARTS["slurm, process per GPU"][0], TRAIN)
@@ -186,6 +235,11 @@ def test_slurm_batch_script_is_valid_and_has_the_tasks_asked_for():
         (["gke.sh", "start", "job", *GKE, "--accelerator", "tpu-v5p-slice", *TRAIN], "--topology is ''"),
         (["gke.sh", "start", "job", "--accelerator", "tpu-v5p-slice", *TRAIN], "needs --image, --claim"),
         (["gke.sh", "start", "job", "--image"], "--image needs a value"),
+        (["gke.sh", "serve", "model", "--accelerator", "tpu-v6e-slice", *SERVE], "serve needs --image, --claim"),
+        (GPU, "say what to serve"),
+        ([*GPU, "--replicas", "3", "--max-replicas", "2", *SERVE], "--max-replicas '2'"),
+        ([*GPU, *SERVE, "--port", "80"], "--port is this script's"),
+        ([*TPU[:-1], "4x4", *SERVE], "a server runs on one host"),
     ],
 )
 def test_bad_arguments_are_named(arguments, message):
