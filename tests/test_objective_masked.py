@@ -14,8 +14,10 @@ from test_objective import KEY, MASK, MODEL, copies, example, pack
 
 from refusion_jax.errors import UserError
 from refusion_jax.model.head import over_vocabulary
+from refusion_jax.objective import spindle
+from refusion_jax.objective.cart import context_weights
 from refusion_jax.objective.common import Inputs, layout
-from refusion_jax.objective.masked import METHODS, Draws, Masked, context_weights
+from refusion_jax.objective.masked import METHODS, Draws, Masked
 from refusion_jax.settings import build
 
 SETTINGS = METHODS | {
@@ -40,10 +42,18 @@ def visible(inputs: Inputs) -> np.ndarray:
 # --- The authors' numbers.
 
 
-@pytest.mark.parametrize("kind, losses", [("llada", 12), ("dream", 84), ("diffullama", 12), ("mdlm", 6), ("d3pm", 6)])
-def test_losses_and_gradients_equal_those_of_the_authors(kind, losses, repository, reference, monkeypatch, capsys):
+@pytest.mark.parametrize(
+    "kind, losses", [("llada", 12), ("dream", 84), ("diffullama", 12), ("mdlm", 6), ("d3pm", 6), ("spindle", 20)]
+)
+def test_losses_and_gradients_equal_those_of_the_authors(
+    kind, losses, repository, reference, monkeypatch, capsys, tmp_path
+):
     """Corruption token for token, losses within 1e-5, norms of the gradient within 1e-4 (check_reference's bounds)."""
-    code, out = check_reference(repository, reference / "methods" / kind, monkeypatch, capsys)
+    folder = reference / "methods" / kind
+    (tmp_path / "losses.npz").symlink_to(folder / "losses.npz")
+    named = folder / "MODEL"
+    (tmp_path / "model").symlink_to(folder / (named.read_text().strip() if named.exists() else "model"))
+    code, out = check_reference(repository, tmp_path, monkeypatch, capsys)
     assert (code, out) == (0, f"losses {losses}/{losses}\n")
 
 
@@ -221,6 +231,43 @@ def test_context_weights_equal_plain_sums_in_every_example():
     np.testing.assert_allclose(context_weights(clean[None], segments[None], 0.3)[0], expected, rtol=1e-5, atol=1e-7)
 
 
+@pytest.fixture
+def counts(tmp_path):
+    """A file of counts, ids 10 to 29 being the more frequent the higher they are."""
+    path = tmp_path / "counts.npy"
+    np.save(path, np.where(np.arange(1000) < 30, np.maximum(np.arange(1000) - 9, 0) ** 3, 0))
+    return str(path)
+
+
+def test_frequent_tokens_are_masked_later_than_rare_ones(counts):
+    """At half the noise; each as often as its own probability says, whatever else lies in the row; weights are p'/p."""
+    objective = Masked(schedule="spindle", counts=counts, strength=0.5, norm="batch", maskable="all")
+    batch = pack([[example(i, 4, 16), example(900 + i, 1, 3)] for i in range(400)], length=24)
+    draws = objective.draw(KEY, batch, 0)
+    half = draws.replace(t=jnp.full_like(draws.t, 0.5))
+    inputs = objective.inputs(batch, MODEL, half)
+    share = (np.asarray(inputs.tokens) == MASK).mean(axis=0)[:20]
+    f = spindle.frequencies(MODEL, counts)[10:30]
+    p = 1 - np.clip(0.5 + 0.5 * (f - f.mean()), 0, 0.999)
+    assert p[0] > 0.6 and p[-1] < 0.5 and (np.abs(share - p) < 4 * np.sqrt(p * (1 - p) / 400)).all()
+    weights = np.asarray(inputs.terms["mdm"].weights)[:, :20]
+    np.testing.assert_allclose(weights[weights > 0], np.tile(1 / p, (400, 1))[weights > 0], rtol=1e-5)
+    alone = pack([[example(i, 4, 16)] for i in range(400)], length=24)
+    t, u = (np.asarray(x) for x in (half.t, half.u))
+    other = objective.inputs(alone, MODEL, Draws(jnp.asarray(t), jnp.asarray(u)))
+    np.testing.assert_array_equal(other.tokens[:, :20], inputs.tokens[:, :20])
+
+
+def test_counts_that_do_not_fit_are_refused(tmp_path):
+    path = tmp_path / "counts.npy"
+    objective = Masked(schedule="spindle", counts=str(path))
+    with pytest.raises(UserError, match="cannot be read .*; name a .npy file"):
+        corrupted(copies(1, 1, 3), objective)
+    np.save(path, np.ones(7))
+    with pytest.raises(UserError, match="one count, at least 0, for each of the model's 1000 ids"):
+        corrupted(copies(1, 1, 3), objective)
+
+
 def test_trailing_eos_tokens_are_masked_together():
     """All of them or none, by the first one's number; an EOS inside the response is a token like others."""
     eos, model = 12, dataclasses.replace(MODEL, eos_token_id=12)
@@ -262,7 +309,11 @@ def test_without_its_mask_the_softmax_is_that_of_the_other_ids():
         ({"alignment": "left"}, "alignment is 'left'; choose one of same, shift"),
         ({"alignment": "right"}, "some masks would have no prediction"),
         ({"schedule": "importance"}, "log_uniform, which is its name here"),
-        ({"schedule": "spindle"}, "'spindle' is not supported: it needs the count of every id"),
+        ({"schedule": "spindle"}, "objective.counts, the file with the count of every id, need each other"),
+        ({"counts": "counts.npy"}, "need each other"),
+        ({"schedule": "spindle", "counts": "counts.npy", "weight": "1-t"}, "not t under schedule = 'spindle'"),
+        ({"schedule": "spindle", "counts": "counts.npy", "diffusion_steps": 8}, "with loss = 'diffusionbert'"),
+        ({"loss": "diffusionbert"}, "needs schedule = 'spindle', a positive diffusion_steps"),
         ({"weight": "focal"}, "'focal' is not supported"),
         ({"norm": "micro_batch"}, "masked counts over the batch"),
         ({"stratified": True}, "Unknown setting objective.stratified"),

@@ -241,7 +241,7 @@ def _sedd(model: ModelConfig, batch: Batch):
 
 
 def _spindle(model: ModelConfig, data: Batch) -> Iterator[Case]:
-    """DiffusionBERT's losses, keys `T{steps}_lam{strength}/lossN/..`; what pads a row, masked or not, is no part of it."""
+    """DiffusionBERT's losses, keys `T{steps}_lam{strength}/lossN/..`; a row without its padding."""
     with tempfile.TemporaryDirectory() as folder:
         counts = pathlib.Path(folder) / "counts.npy"
         np.save(counts, data["word_counts"])

@@ -19,6 +19,7 @@ parameters are then expected where `param_shardings(model_config, mesh, DECODE_R
 
 from refusion_jax.sampling.autoregressive import AutoregressiveConfig
 from refusion_jax.sampling.batching import Report, generate, stream
+from refusion_jax.sampling.block import BlockConfig
 from refusion_jax.sampling.config import Generation, SamplerConfig
 from refusion_jax.sampling.engine import Engine, Prompt
 from refusion_jax.sampling.masked import MaskedConfig
@@ -28,6 +29,7 @@ from refusion_jax.sampling.speculative import SpeculativeConfig
 
 __all__ = [
     "AutoregressiveConfig",
+    "BlockConfig",
     "Engine",
     "Generation",
     "MaskedConfig",

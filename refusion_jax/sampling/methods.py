@@ -5,6 +5,7 @@ from typing import Any
 
 from refusion_jax.errors import UserError
 from refusion_jax.sampling.autoregressive import AutoregressiveConfig
+from refusion_jax.sampling.block import BlockConfig
 from refusion_jax.sampling.config import SamplerConfig
 from refusion_jax.sampling.plan_and_infill import PlanAndInfillConfig
 from refusion_jax.sampling.speculative import SpeculativeConfig
@@ -13,12 +14,14 @@ METHODS: dict[str, type[SamplerConfig]] = {
     "plan_and_infill": PlanAndInfillConfig,
     "autoregressive": AutoregressiveConfig,
     "speculative": SpeculativeConfig,
+    "block": BlockConfig,
 }
 # By the objective's kind; the first is what it was made for. A model without a record of its training can be decoded
 # in any way.
 SUITED = {
     "refusion": ("plan_and_infill", "autoregressive", "speculative"),
     "autoregressive": ("autoregressive", "speculative", "plan_and_infill"),
+    "block": ("block",),
 }
 
 
