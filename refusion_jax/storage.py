@@ -61,6 +61,26 @@ def write(path: epath.Path, content: bytes) -> None:
         file.write(content)
 
 
+def check_writable(folder: epath.Path, setting: str) -> None:
+    """Makes a folder, and sees whether files can be written there.
+
+    Raises:
+      UserError: they cannot, naming the setting that says where.
+    """
+    probe = folder / f".writable-{uuid.uuid4().hex}"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        write(probe, b"")
+        probe.unlink()
+    except UserError as error:
+        raise UserError(f"{setting} is {folder}: {error}") from error
+    except Exception as error:  # OSError, or what the bucket's client raises
+        reason = getattr(error, "strerror", None) or f"{type(error).__name__}: {error}"
+        raise UserError(
+            f"Cannot write to {folder}: {reason}. Choose a {setting} that is there, can be written and has room."
+        ) from error
+
+
 @contextlib.contextmanager
 def replacing(path: str | os.PathLike):
     """Gives the name of a local file to be written, which then takes the place of `path` unless an error is raised."""

@@ -322,7 +322,7 @@ def test_sample_file_with_the_real_vocabulary(test_data, cache_dir):
         assert tokenizer.decode(tokens[prompt_length:-1]) == records[number]["response"] and tokens[-1] == 151645
 
 
-@pytest.mark.parametrize("seed, digest", [(0, "491b5c25c79af2f8"), (1, "765cafcd41fde5d3")])
+@pytest.mark.parametrize("seed, digest", [(0, "ff15c20dd248cc2a"), (1, "a029d0962c221a44")])
 def test_rows_of_the_sample_file_stay_what_they_are(seed, digest, test_data, cache_dir):
     """Over four epochs; another digest needs another `packing.FORMAT`."""
     tokenizer = load_tokenizer(str(test_data / "tokenizers" / "qwen3"))

@@ -114,7 +114,7 @@ def measure_prepare(arguments: argparse.Namespace) -> None:
         with tempfile.TemporaryDirectory() as folder:
             data = DataConfig(tokenizer=arguments.tokenizer, train=(SourceConfig("jsonl", arguments.file),))
             begin = time.perf_counter()
-            prepare.prepare(data, 0, folder, processes=processes, shard_bytes=arguments.shard_mib * 2**20)
+            prepare.prepare(data, folder, processes=processes, shard_bytes=arguments.shard_mib * 2**20)
             seconds = time.perf_counter() - begin
             found = [json.loads(p.read_text())["content"] for p in pathlib.Path(folder).glob("*/index.json")]
             examples = sum(shard[0] for index in found for shard in index["shards"])

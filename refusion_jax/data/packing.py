@@ -1,9 +1,9 @@
 """Packing: which examples share a row. A pure function of the lengths and a seed.
 
-Examples come in random order and go, one after another, to the fullest of a few dozen open rows that still has room
-(best fit); when none has room the fullest row is closed and a new one opened. What the last open rows hold is packed
-once more, longest first. So rows are nearly full, and apart from that which examples meet in a row is chance. About a
-second per million examples.
+Rows are filled one after another with examples in random order, until the next one would leave room that hardly any
+example fills; then those of the next thousand are taken that fill the row exactly. The last thousand are packed longest
+first. So rows are nearly full, and apart from that which examples meet in a row is chance. A few seconds per million
+examples.
 """
 
 import bisect
@@ -12,9 +12,10 @@ import dataclasses
 import numpy as np
 
 FORMAT = 2  # another number wherever the same lengths and seed give other rows: a run cannot go on with those
-_OPEN_ROWS = 48
+_AHEAD = 1024  # examples among which one is looked for that fills a row
 _ATTEMPTS = 8  # of a packing to need no more rows than there are
-_SAMPLES, _FEW = 8, 20000  # packings of fewer examples than that
+_FEW = 20000  # examples
+_SAMPLES = 8  # packings of few examples
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,14 +42,13 @@ def pack(lengths: np.ndarray, max_length: int, max_examples: int, rng: np.random
       rng: chance for the order of examples and rows; None: examples in their own order, the same plan every time.
     """
     arrival = np.arange(len(lengths)) if rng is None else rng.permutation(len(lengths))
-    row = np.empty(len(lengths), np.int64)
-    row[arrival], rows, unclosed = _best_fit(lengths[arrival], max_length, max_examples, _OPEN_ROWS)
+    row = np.full(len(lengths), -1)
+    row[arrival], rows = _fill(lengths[arrival], max_length, max_examples)
     # Longest first leaves the least room; the noise lets small data sets meet differently in every epoch.
-    last = arrival[np.isin(row[arrival], unclosed)]
+    last = arrival[row[arrival] < 0]
     noise = 1.0 if rng is None else rng.uniform(0.8, 1.0, len(last))
     last = last[np.argsort(-lengths[last] * noise, kind="stable")]
-    packed, _, _ = _best_fit(lengths[last], max_length, max_examples, len(last))
-    row[last] = rows + packed
+    row[last] = rows + _best_fit(lengths[last], max_length, max_examples)
     _, row = np.unique(row, return_inverse=True)  # the emptied rows' numbers go
     rows = row.max(initial=-1) + 1
     if rng is not None:
@@ -91,31 +91,58 @@ def pack_into(
     return Plan(plan.order, starts)
 
 
-def _best_fit(
-    lengths: np.ndarray, max_length: int, max_examples: int, open_rows: int
-) -> tuple[np.ndarray, int, list[int]]:
-    """Places examples in the order given. Returns the row of each, the number of rows, and the rows still open."""
+def _fill(lengths: np.ndarray, max_length: int, max_examples: int) -> tuple[np.ndarray, int]:
+    """Fills rows one after another, with examples in the order given if they leave room that others fill.
+
+    Returns the row of each example, -1 for about the last `_AHEAD`, and the number of rows.
+    """
+    row_of, rows, head = np.full(len(lengths), -1), 0, 0
+    if len(lengths) <= _AHEAD:
+        return row_of, rows
+    short = int(np.partition(lengths, len(lengths) // 5)[len(lengths) // 5])  # so much room is filled with ease
+    # The examples to choose from as one sorted list of integers, length * unit + index.
+    unit, size, taken = len(lengths), lengths.tolist(), [False] * len(lengths)
+    ahead, end = sorted(size[i] * unit + i for i in range(_AHEAD)), _AHEAD
+    while end < unit:
+        room, count = max_length, 0
+        while count < max_examples and ahead and ahead[0] // unit <= room:
+            while taken[head]:
+                head += 1
+            left = room - size[head]
+            if left == 0 or left >= short:
+                at = bisect.bisect_left(ahead, size[head] * unit + head)
+            else:
+                at = bisect.bisect_left(ahead, (room + 1) * unit) - 1  # the longest that fits
+                rest = room - ahead[at] // unit
+                if 0 < rest < short and ahead[0] // unit <= room - short:
+                    at = bisect.bisect_left(ahead, (room - short + 1) * unit) - 1  # that leaves room to be filled
+            length, i = divmod(ahead.pop(at), unit)
+            row_of[i], taken[i], room, count = rows, True, room - length, count + 1
+            if end < unit:
+                bisect.insort(ahead, size[end] * unit + end)
+                end += 1
+        rows += 1
+    return row_of, rows
+
+
+def _best_fit(lengths: np.ndarray, max_length: int, max_examples: int) -> np.ndarray:
+    """The row of each example, placed in the order given, each in the fullest row that has room for it."""
     row_of = np.empty(len(lengths), np.int64)
-    rows = 0
     counts: list[int] = []
-    # Open rows as one sorted list of integers, room * unit + row: a lookup is one bisection.
-    unit = len(lengths) + 1
-    spaces: list[int] = []
+    # Rows with room as one sorted list of integers, room * unit + row: a lookup is one bisection.
+    unit, spaces = len(lengths) + 1, []
     for i, length in enumerate(lengths.tolist()):
         at = bisect.bisect_left(spaces, length * unit)
         if at < len(spaces):
             room, row = divmod(spaces.pop(at), unit)
         else:
-            if len(spaces) >= open_rows:
-                spaces.pop(0)
-            room, row = max_length, rows
-            rows += 1
+            room, row = max_length, len(counts)
             counts.append(0)
         row_of[i] = row
         counts[row] += 1
         if room > length and counts[row] < max_examples:
             bisect.insort(spaces, (room - length) * unit + row)
-    return row_of, rows, [space % unit for space in spaces]
+    return row_of
 
 
 def examples_per_row(examples: int, tokens: int, shortest: int, max_length: int) -> int:

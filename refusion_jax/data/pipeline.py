@@ -213,6 +213,7 @@ def load_rows(
     store: str | os.PathLike = "",
     mixture: Sequence[tuple[int, Sequence[float]]] = (),
     shuffle: bool = True,
+    mapped: Callable = map,
 ) -> Rows:
     """Finds sources in a store, or else in the cache, or tokenises them, and says what their rows are.
 
@@ -228,6 +229,7 @@ def load_rows(
       store: folder, or address of one, where `refusion_jax.prepare` has put them.
       mixture: (first row, the sources' shares of the rows from it on), instead of the sources' weights.
       shuffle: False: one fixed order, for evaluation.
+      mapped: `map`, or one that looks at windows in several processes.
 
     Raises:
       UserError: no sources, bad records, a part without examples, or `max_length` shorter than every example of a
@@ -242,7 +244,7 @@ def load_rows(
         content["data.response_multiple"] = response_multiple
     for i, config in enumerate(sources):
         kept = find(config, tokenizer, store) if store else prepared(open_source(config), tokenizer, cache_dir)
-        windows = open_windows(kept, config, max_length, response_multiple)
+        windows = open_windows(kept, config, max_length, response_multiple, mapped)
         found.append(windows)
         content[f"data.train.{i}.content"] = kept.content if len(windows) == 1 else f"{kept.content} {kept.cut}"
         content |= {f"data.train.{i}.{name}": getattr(config, name) for name in ("start", "stop", "weight")}

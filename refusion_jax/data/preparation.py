@@ -83,6 +83,12 @@ def example_ids(tokenizer: Tokenizer, examples: list[tuple[str | None, str]]) ->
         yield np.concatenate([prompt, response, [tokenizer.eos_id]]).astype(np.uint32), len(prompt)
 
 
+def remove_parts(folder: epath.Path, name: str = "*") -> None:
+    """Removes what writers that were killed left half written in a local folder."""
+    for part in folder.glob(f"{name}.part"):
+        part.unlink(missing_ok=True)
+
+
 def finished(folder: epath.Path, number: int) -> bool:
     """Whether a shard is there, whole and undamaged; reads it."""
     shard = shards.read(shard_path(folder, number))
@@ -180,8 +186,8 @@ def _make(source: Source, tokenizer: Tokenizer, folder: epath.Path, notes: pathl
     """
     planned = plan(source, tokenizer, notes)
     write_plan(folder, planned)
-    for left_over in folder.glob("*.part") if alone else ():
-        left_over.unlink(missing_ok=True)
+    if alone:
+        remove_parts(folder)
     whole = (folder / "index.json").exists()
     taken = stamps.take(_files(folder))
     numbers = range(len(planned["shards"]))
