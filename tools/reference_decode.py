@@ -13,6 +13,7 @@ from jax.sharding import Mesh
 from refusion_jax.model.config import ModelConfig
 from refusion_jax.sampling import Engine, Generation, MaskedConfig, PlanAndInfillConfig, Prompt, SamplerConfig
 
+ROOM = 48  # tokens of the longest answer
 DREAM_SCORES = {"maskgit_plus": "confidence", "topk_margin": "margin", "entropy": "entropy"}
 
 
@@ -60,7 +61,9 @@ def case(number: int, record: dict[str, Any], vocabulary: int, speculate: str = 
         "forwards": record["forwards"],
         "tokens_forwarded": sum(forwarded) if isinstance(forwarded, list) else forwarded,
     }
-    return Case(number, prompt, MaskedConfig(stop="length", **masked_settings(record)), wanted, stop_ids)
+    settings = masked_settings(record)
+    limit = settings["gen_length"]
+    return Case(number, prompt, MaskedConfig(stop="length", **in_room(settings)), wanted, stop_ids, limit)
 
 
 def masked_settings(record: dict[str, Any]) -> dict[str, Any]:
@@ -76,6 +79,23 @@ def masked_settings(record: dict[str, Any]) -> dict[str, Any]:
     if family == "dkv_llada":
         return given | dkv_llada_settings(params)
     return given | dream_settings(params)
+
+
+def in_room(settings: dict[str, Any]) -> dict[str, Any]:
+    """The same for answers of about ROOM tokens, so that shorter ones, which are a request's limit, share a program."""
+    if settings.get("select") == "threshold" and settings.get("steps"):  # the steps are to divide the length
+        return settings
+    length, block = settings["gen_length"], settings.get("block_length", settings["gen_length"])
+    if block == length:
+        settings = settings | dict(block_length=ROOM, gen_length=ROOM)
+    else:
+        blocks = -(-ROOM // block)
+        settings = settings | dict(gen_length=blocks * block)
+        if settings.get("steps"):
+            settings["steps"] = settings["steps"] // (length // block) * blocks
+    if "order" in settings:
+        settings["order"] += tuple(range(length, settings["gen_length"]))
+    return settings
 
 
 def llada_settings(params: dict[str, Any]) -> dict[str, Any]:

@@ -88,8 +88,8 @@ class SamplerConfig(abc.ABC):
         names = [field.name for field in dataclasses.fields(self) if not field.metadata["traced"]]
         return {"method": self.method} | {name: getattr(self, name) for name in names}
 
-    def traced(self) -> dict[str, np.ndarray]:
-        """By name, the settings of this method alone that are each request's own."""
+    def traced(self, limit: int) -> dict[str, np.ndarray]:
+        """By name, the settings of this method alone that are each request's own; `limit` is that of its tokens."""
         common = [field.name for field in dataclasses.fields(SamplerConfig)]
         fields = [field for field in dataclasses.fields(self) if field.metadata["traced"] and field.name not in common]
         of_type = lambda field: np.float32 if isinstance(field.default, float) else np.int32
@@ -146,7 +146,7 @@ class Settings:
             top_p=np.float32(config.top_p),
             limit=np.int32(limit or config.length),
             stop_ids=stops,
-            own=config.traced(),
+            own=config.traced(limit or config.length),
         )
 
     def stops(self, tokens: jax.Array) -> jax.Array:

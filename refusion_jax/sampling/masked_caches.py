@@ -30,10 +30,10 @@ def forwarded(sampler, row, offset: jax.Array) -> jax.Array:
       sampler, row: of masked.py.
       offset: [S] int32, positions counted from the end of the prompt.
     """
-    every = offset < sampler.length
+    every = offset < row.settings.limit
     if sampler.cache == "none":
         return every
-    first, due = row.step == 0, row.step % sampler.cache_steps == 0
+    first, due = row.step == 0, row.step % row.settings.own["cache_steps"] == 0
     start = row.block * sampler.block_length
     if sampler.cache == "prefix":
         return every & (first | (offset >= start))
@@ -62,7 +62,7 @@ def settled(sampler, row, offset: jax.Array) -> jax.Array:
     forward began: un: whose next position was; un_right: who were themselves too.
     """
     decided = ~row.before
-    last = sampler.length - 1
+    last = row.settings.limit - 1
     # Behind the last position comes the first one, of the prompt: decided. un_right: as the one before the last.
     if sampler.cache_shift == "un":
         after = jnp.where(offset == last, True, at(decided, offset + 1))
@@ -73,20 +73,20 @@ def settled(sampler, row, offset: jax.Array) -> jax.Array:
     return (offset < -1) | after
 
 
-def neighbours(center: jax.Array, wanted: jax.Array, open: jax.Array, taken: jax.Array, count: int) -> jax.Array:
+def neighbours(center: jax.Array, open: jax.Array, taken: jax.Array, count: jax.Array) -> jax.Array:
     """[length] bool: `taken` with up to `count` more positions next to `center`: left, right, left, ... outwards; open
-    ones that are not taken yet. `wanted` False: `taken` as it is.
+    ones that are not taken yet.
     """
     length = len(open)
     distance = jnp.repeat(jnp.arange(1, length), 2)
     place = center + distance * jnp.where(jnp.arange(2 * length - 2) % 2, 1, -1)
     inside = (place >= 0) & (place < length)
-    free = inside & (open & ~taken)[jnp.clip(place, 0, length - 1)] & wanted
+    free = inside & (open & ~taken)[jnp.clip(place, 0, length - 1)]
     chosen = free & (jnp.cumsum(free) <= count)
     return taken.at[jnp.where(chosen, place, length)].set(True, mode="drop")
 
 
-def near_next(sampler, row, open: jax.Array, rank: jax.Array, bounds: jax.Array) -> jax.Array:
+def near_next(row, open: jax.Array, rank: jax.Array, bounds: jax.Array) -> jax.Array:
     """[length] bool: F of the next forward with dkv_greedy.
 
     Args:
@@ -98,7 +98,6 @@ def near_next(sampler, row, open: jax.Array, rank: jax.Array, bounds: jax.Array)
     taken = (rank >= this) & (rank < end)
 
     def add(i, taken):
-        center = jnp.argmax(rank == after + i)
-        return neighbours(center, after + i < end, open, taken, sampler.cache_window)
+        return neighbours(jnp.argmax(rank == after + i), open, taken, row.settings.own["cache_window"])
 
     return jax.lax.fori_loop(0, end - after, add, taken)

@@ -25,6 +25,7 @@ class Scores:
     confidence: jax.Array  # its probability
     margin: jax.Array  # of the most probable id's probability over the second's
     entropy: jax.Array  # nats
+    doubt: jax.Array  # 1 - confidence, exact also where confidence rounds to 1
 
 
 @struct.dataclass
@@ -56,27 +57,25 @@ class Question:
         return cls(jax.random.key_data(keys), *map(spread, values), spread(settings.stop_ids), suppress)
 
     def answer(self, model: ModelConfig, logits: jax.Array, sampled: bool) -> Scores:
-        """Reduces logits [tokens, V]; the mask and begin ids take no part.
+        """Reduces logits [tokens, V]. The mask and begin ids are never drafted, but count in the probabilities, as in
+        the authors' codes.
 
         Args:
           sampled: whether any token has a temperature.
         """
         ids = jnp.arange(model.vocab_size)
-        never = [ids == id for id in (model.mask_token_id, model.begin_token_id) if id is not None]
         if self.suppress in ("logits", "both"):
-            never.append(ids == self.end_ids[:, :1])
-        for banned in never:
-            logits = jnp.where(banned, -jnp.inf, logits)
-        warm = self.temperature > 0
-        # Dream's order: the fewest ids that reach top-p, then the k best of these.
-        drawn = logits / jnp.where(warm, self.temperature, 1.0)[:, None]
-        drawn = at_most_k(at_most_p(drawn, self.top_p), self.top_k)
-        draft = jnp.argmax(logits, axis=-1)
+            logits = jnp.where(ids == self.end_ids[:, :1], -jnp.inf, logits)
+        allowed = logits
+        for never in (model.mask_token_id, model.begin_token_id):
+            allowed = allowed if never is None else jnp.where(ids == never, -jnp.inf, allowed)
+        draft = jnp.argmax(allowed, axis=-1)
         if sampled:
-            draft = jnp.where(warm, jnp.argmax(with_noise(drawn, self.key), axis=-1), draft)
-
+            draft = jnp.where(
+                self.temperature > 0, jnp.argmax(with_noise(self.drawn(allowed), self.key), axis=-1), draft
+            )
         own = (self.score_temperature == 0)[:, None]
-        scored = jnp.where(own, drawn, logits / jnp.where(own, 1.0, self.score_temperature[:, None]))
+        scored = jnp.where(own, self.drawn(logits), logits / jnp.where(own, 1.0, self.score_temperature[:, None]))
         total = jax.nn.logsumexp(scored, axis=-1)
         first = scored.max(axis=-1)
         second = jnp.where(ids == jnp.argmax(scored, axis=-1)[:, None], -jnp.inf, scored).max(axis=-1)
@@ -88,8 +87,15 @@ class Question:
             scored = jnp.where(ends, -jnp.inf, scored)
             total = jax.nn.logsumexp(scored, axis=-1)
         # A comparison and a maximum, not a gather: it stays a local reduction when the vocabulary is sharded.
-        of_draft = jnp.where(ids == draft[:, None], scored, -jnp.inf).max(axis=-1)
-        return Scores(draft, jnp.exp(of_draft - total), margin, entropy)
+        drafted = ids == draft[:, None]
+        of_draft = jnp.where(drafted, scored, -jnp.inf).max(axis=-1)
+        doubt = jnp.sum(jnp.where(drafted, 0.0, jnp.exp(scored - total[:, None])), axis=-1)
+        return Scores(draft, jnp.exp(of_draft - total), margin, entropy, doubt)
+
+    def drawn(self, logits: jax.Array) -> jax.Array:
+        """What drafts are drawn from. As in Dream: the fewest ids that reach top-p, then the k best of these."""
+        warm = logits / jnp.where(self.temperature > 0, self.temperature, 1.0)[:, None]
+        return at_most_k(at_most_p(warm, self.top_p), self.top_k)
 
 
 def counts(schedule: str, tokens: int, steps: int, eps: float, lead: bool = False) -> np.ndarray:

@@ -192,7 +192,7 @@ def prefill(sampler, params: dict, state: State, chunk: Chunk) -> State:
     offset, count, tokens = flat(chunk.offset), flat(chunk.count), flat(chunk.tokens)
     cache, length, prompts = state.cache, offset + count, None
     if sampler.in_place:
-        length, prompts = length + sampler.length, tokens  # all that is forwarded is seen
+        length, prompts = length + flat(chunk.request.settings.limit), tokens  # all that is forwarded is seen
     else:
         # Padding is forwarded too: it comes last, and what it leaves in the cache is overwritten before it can be seen.
         view = cache.replace(rows=chunk.row, length=offset)
