@@ -191,14 +191,20 @@ def add_sampler_arguments(parser: argparse.ArgumentParser) -> None:
             having.setdefault(field.name, []).append((method, field))
     for name, fields in having.items():
         methods, field = [method for method, _ in fields], fields[0][1]
+        choices = dict.fromkeys(choice for _, field in fields for choice in field.metadata["choices"])
         of = "" if len(methods) == len(METHODS) else f" ({', '.join(methods)})"
         group.add_argument(
             f"--{name.replace('_', '-')}",
-            type=type(field.default),
-            choices=field.metadata["choices"] or None,
-            metavar=None if field.metadata["choices"] else name.split("_")[-1].upper(),
+            type=_numbers if isinstance(field.default, tuple) else type(field.default),
+            choices=list(choices) or None,
+            metavar=None if choices else name.split("_")[-1].upper(),
             help=f"{field.metadata['text']}; default {field.default}{of}".replace("%", "%%"),
         )
+
+
+def _numbers(text: str) -> tuple[int, ...]:
+    """The numbers of "2,0,1"."""
+    return tuple(int(number) for number in text.split(","))
 
 
 def add_batch_arguments(parser: argparse.ArgumentParser) -> None:

@@ -7,6 +7,7 @@ from refusion_jax.errors import UserError
 from refusion_jax.sampling.autoregressive import AutoregressiveConfig
 from refusion_jax.sampling.block import BlockConfig
 from refusion_jax.sampling.config import SamplerConfig
+from refusion_jax.sampling.masked import MaskedConfig
 from refusion_jax.sampling.plan_and_infill import PlanAndInfillConfig
 from refusion_jax.sampling.speculative import SpeculativeConfig
 
@@ -15,6 +16,7 @@ METHODS: dict[str, type[SamplerConfig]] = {
     "autoregressive": AutoregressiveConfig,
     "speculative": SpeculativeConfig,
     "block": BlockConfig,
+    "masked": MaskedConfig,
 }
 # By the objective's kind; the first is what it was made for. A model without a record of its training can be decoded
 # in any way.
@@ -22,6 +24,7 @@ SUITED = {
     "refusion": ("plan_and_infill", "autoregressive", "speculative"),
     "autoregressive": ("autoregressive", "speculative", "plan_and_infill"),
     "block": ("block",),
+    "masked": ("masked",),
 }
 
 
