@@ -63,6 +63,7 @@ def ready(decoder: Decoder, *flags: str) -> Service:
 def over_http(found: Service) -> Iterator[str]:
     """The base address of a server that answers for a service, on this machine only."""
     listening = serve.listen("127.0.0.1", 0)
+    listening.listen()  # connections wait until the server runs
     thread = threading.Thread(target=serve.run, args=(found, listening, 60))
     thread.start()
     try:

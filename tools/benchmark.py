@@ -2,6 +2,7 @@
 
 python tools/benchmark.py train --config configs/tiny.py --remat none,full
 python tools/benchmark.py decode --help
+python tools/benchmark.py serve --help     the server, beside decoding without it
 python tools/benchmark.py peer --help      beside PyTorch, on a CPU
 python tools/benchmark.py data --help      preparing data, and rows of very many examples
 """
@@ -14,7 +15,7 @@ sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
 
 from refusion_jax.errors import run_main
 
-WHAT = ("train", "decode", "peer", "data")
+WHAT = ("train", "decode", "serve", "peer", "data")
 
 if __name__ == "__main__":
     if len(sys.argv) < 2 or sys.argv[1] not in WHAT:

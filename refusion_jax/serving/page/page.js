@@ -89,7 +89,7 @@ class Answer {
   }
 
   draw() {
-    const rounds = this.rounds, last = Math.max(7, rounds - 1), cells = [];
+    const rounds = this.rounds, last = Math.max(this.usage ? 1 : 7, rounds - 1), cells = [];
     for (const commit of this.commits) if (commit.round < this.shown) cells[commit.position] = commit;
     const newest = this.shown === Infinity ? -1 : this.shown - 1;
     this.part(".text").replaceChildren(...Array.from(cells, (commit) => {
@@ -121,6 +121,7 @@ class Answer {
     this.part(".replay").hidden = !this.rounds;
     this.part(".round").max = this.part(".round").value = this.rounds;
     this.show(this.rounds);
+    this.node.scrollIntoView({ block: "nearest" });
   }
 
   show(rounds) {
