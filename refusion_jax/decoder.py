@@ -1,10 +1,12 @@
 """A model with its tokenizer on its devices: text in, text out.
 
 from refusion_jax.decoder import Decoder
+from refusion_jax.infilling import Hole
 
 decoder = Decoder.load("runs/tiny")
 for answer in decoder.generate(["refusion"], slot_threshold=0.6):
     print(answer.text, answer.generation.order, answer.generation.tokens_per_forward)
+print(decoder.infill(["def add(a, b):\n", Hole(16), "\nprint(add(1, 2))"]).text)
 """
 
 import argparse
@@ -21,10 +23,12 @@ from refusion_jax.data.examples import Source
 from refusion_jax.data.sources import open_source
 from refusion_jax.data.tokenizers import Tokenizer, load_tokenizer
 from refusion_jax.errors import UserError
+from refusion_jax.infilling import Filled, Hole, Template, filled, request
 from refusion_jax.model.config import ModelConfig
 from refusion_jax.parallel import sharding
 from refusion_jax.parallel.mesh import make_mesh
-from refusion_jax.sampling import Generation, SamplerConfig, stream
+from refusion_jax.sampling import Engine, Generation, SamplerConfig, stream
+from refusion_jax.sampling.batching import serve
 from refusion_jax.sampling.methods import METHODS, sampler_config, suited
 from refusion_jax.sampling.programs import decode_params
 from refusion_jax.settings import build, of_kind
@@ -113,6 +117,34 @@ class Decoder:
         """Answers in the order of the prompts; `settings` as for `Decoder.settings`."""
         answers = list(self.stream(prompts, self.settings(**settings), batch_size=batch_size, seed=seed))
         return sorted(answers, key=lambda answer: answer.generation.index)
+
+    def infill(self, parts: Sequence[str | Hole], prompt: str = "", *, seed: int = 0, **settings: Any) -> Filled:
+        """A text with its holes filled; `settings` as for `Decoder.settings`.
+
+        Args:
+          parts: texts and holes in order.
+          prompt: what the text answers; empty: it stands by itself.
+
+        Raises:
+          UserError: the template cannot be filled, or this model or method cannot fill it.
+        """
+        template = Template(parts, prompt)
+        template.check()
+        config = self.settings(**settings | {"gen_length": sum(template.sizes)})
+        return self.fill([template], config, seed=seed)[0]
+
+    def fill(
+        self, templates: Sequence[Template], config: SamplerConfig, *, batch_size: int = 8, seed: int = 0
+    ) -> list[Filled]:
+        """Templates with their holes filled, `batch_size` at a time, with at most config.gen_length tokens in the holes
+        of each.
+        """
+        requests = [request(t, self.tokenizer, self.model, config, i, seed) for i, t in enumerate(templates)]
+        longest = max((len(r.tokens) for r in requests), default=0)
+        batch = min(batch_size, len(requests)) or 1
+        engine = Engine(self.params, self.model, config, batch, max_prompt_length=longest, mesh=self.mesh)
+        answers = sorted(serve(engine, requests), key=lambda answer: answer.index)
+        return [filled(template, self.tokenizer, answer) for template, answer in zip(templates, answers)]
 
 
 def run_config(checkpoint: str, step: int | None = None) -> dict | None:

@@ -3,21 +3,23 @@
     python -m refusion_jax.generate --checkpoint runs/tiny --prompt "refusion"
     python -m refusion_jax.generate --checkpoint runs/tiny --prompts questions.jsonl --out answers.jsonl
     python -m refusion_jax.generate --checkpoint GSAI-ML/ReFusion --interactive --show-order
+    python -m refusion_jax.generate --checkpoint runs/tiny --infill templates.jsonl --slot-size 8
 
 In Python: `refusion_jax.decoder.Decoder`.
 """
 
 import argparse
+import contextlib
 import json
 import pathlib
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from absl import logging
 
-from refusion_jax import compilation, display
+from refusion_jax import compilation, display, infilling
 from refusion_jax.decoder import (
     Answer,
     Decoder,
@@ -48,7 +50,7 @@ settings the authors used (gen-length 512, temperature 0; blocks = 512 / block):
 
 def main(argv: Sequence[str] | None = None) -> None:
     arguments = arguments_of(argv)
-    if bool(arguments.prompts) != bool(arguments.out):
+    if bool(arguments.prompts) != bool(arguments.out) and not arguments.infill:
         raise UserError(
             "--prompts and --out go together: a file of prompts and the file that its answers are written to."
         )
@@ -56,6 +58,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     logging.set_verbosity(logging.ERROR)  # Orbax warns that `params` alone is no whole checkpoint
 
     decoder = decoder_of(arguments)
+    if arguments.infill:
+        fill_file(decoder, arguments)
+        return
     config = settings_of(arguments, decoder)
     if arguments.prompts:
         answer_file(decoder, config, arguments)
@@ -80,13 +85,21 @@ def arguments_of(argv: Sequence[str] | None) -> argparse.Namespace:
         "--prompts", type=pathlib.Path, metavar="FILE.jsonl", help='one {"prompt": ...} or {"query": ...} per line'
     )
     what.add_argument(
+        "--infill",
+        type=pathlib.Path,
+        metavar="FILE.jsonl",
+        help='texts with holes, one {"template": ["text", 16, "text"]} per line, numbers being tokens of a hole (whole '
+        'slots); with "prompt": what the text answers. Printed, or written to --out',
+    )
+    what.add_argument(
         "--interactive", action="store_true", help="ask for prompts; answers appear while they are decoded"
     )
     parser.add_argument(
         "--out",
         type=pathlib.Path,
         metavar="FILE.jsonl",
-        help="with --prompts: the same lines with text, tokens, order, rounds, forwards, tokens_per_forward",
+        help="with --prompts or --infill: the same lines with text, tokens, order, rounds, forwards, "
+        "tokens_per_forward; holes of templates too",
     )
     parser.add_argument("--resume", action="store_true", help="go on after the answers that --out holds already")
     parser.add_argument(
@@ -202,7 +215,7 @@ def answer_file(decoder: Decoder, config: SamplerConfig, arguments: argparse.Nam
     progress.say(str(tally))
 
 
-def as_record(answer: Answer) -> dict[str, Any]:
+def as_record(answer: Answer | infilling.Filled) -> dict[str, Any]:
     """What a line of --out says about an answer (see `Generation`)."""
     fields = ("tokens", "order", "rounds", "forwards", "tokens_per_forward")
     return {"text": answer.text, **{name: getattr(answer.generation, name) for name in fields}}
@@ -216,12 +229,7 @@ def read_prompts(
     Raises:
       UserError: the file cannot be read; without `skip_bad`, the first line that cannot be answered.
     """
-    try:
-        lines = path.read_bytes().split(b"\n")
-    except OSError as error:
-        raise UserError(
-            f"Cannot read {path}: {error.strerror or error}. Give a file with one JSON object per line as --prompts."
-        ) from None
+    lines = read_lines(path)
     check_prompts([], decoder.model, config)
     records, prompts, bad = [], [], 0
     for number, line in enumerate(lines, 1):
@@ -244,10 +252,19 @@ def read_prompts(
     return records, prompts
 
 
-def parse_line(line: bytes) -> tuple[dict, str]:
-    """The record on a line and its prompt."""
+def read_lines(path: pathlib.Path) -> list[bytes]:
     try:
-        record = json.loads(line.decode("utf-8"))
+        return path.read_bytes().split(b"\n")
+    except OSError as error:
+        raise UserError(
+            f"Cannot read {path}: {error.strerror or error}. Give a file with one JSON object per line."
+        ) from None
+
+
+def parse_record(line: bytes) -> Any:
+    """The JSON on a line."""
+    try:
+        return json.loads(line.decode("utf-8"))
     except json.JSONDecodeError as error:
         raise UserError(
             f"malformed JSON at column {error.colno} ({error.msg}): {line.decode('utf-8')[:60]!r}. Write one JSON "
@@ -255,6 +272,11 @@ def parse_line(line: bytes) -> tuple[dict, str]:
         ) from None
     except UnicodeDecodeError as error:
         raise UserError(f"not UTF-8 text ({error}). Convert the file to UTF-8.") from None
+
+
+def parse_line(line: bytes) -> tuple[dict, str]:
+    """The record on a line and its prompt."""
+    record = parse_record(line)
     if not isinstance(record, dict) or not ({"prompt", "query"} & set(record)):
         raise UserError(f'{str(record)[:60]!r} has no prompt. Write {{"prompt": "..."}} or {{"query": "..."}}.')
     prompt = record.get("prompt", record.get("query"))
@@ -290,6 +312,42 @@ def finished_lines(path: pathlib.Path, prompts: Sequence[str], resume: bool) -> 
         with path.open("r+b") as file:
             file.truncate(path.stat().st_size - len(rest))
     return len(lines)
+
+
+# --- Texts with holes.
+
+
+def fill_file(decoder: Decoder, arguments: argparse.Namespace) -> None:
+    """Fills the template on every line of --infill; prints the texts, or writes them to --out, in the same order."""
+    if arguments.out and arguments.out.exists():
+        raise UserError(f"{arguments.out} exists; remove it or choose another --out.")
+    lines = {number: line for number, line in enumerate(read_lines(arguments.infill), 1) if line.strip()}
+    records = _each(lines, parse_record, arguments.infill)
+    templates = _each(records, infilling.from_record, arguments.infill)
+    if not templates:
+        raise UserError(f'{arguments.infill} has no line; write {{"template": ["text", 16, "text"]}} on each.')
+    longest = max(sum(template.sizes) for template in templates.values())
+    config = settings_of(arguments, decoder, gen_length=longest)
+    _each(templates, lambda t: infilling.request(t, decoder.tokenizer, decoder.model, config), arguments.infill)
+    results = decoder.fill(list(templates.values()), config, batch_size=arguments.batch_size, seed=arguments.seed)
+    try:
+        with arguments.out.open("w", encoding="utf-8") if arguments.out else contextlib.nullcontext(sys.stdout) as out:
+            for record, result in zip(records.values(), results):
+                found = {**record, **as_record(result), "holes": result.holes}
+                out.write((json.dumps(found, ensure_ascii=False) if arguments.out else result.text) + "\n")
+    except OSError as error:
+        raise UserError(f"Cannot write {arguments.out}: {error.strerror or error}. Choose another --out.") from None
+
+
+def _each(lines: dict[int, Any], fn: Callable[[Any], Any], path: pathlib.Path) -> dict[int, Any]:
+    """`fn` of what is on each line of a file; what it refuses is said with the line's number."""
+    found = {}
+    for number, line in lines.items():
+        try:
+            found[number] = fn(line)
+        except UserError as error:
+            raise UserError(f"{path} line {number}: {error}") from None
+    return found
 
 
 if __name__ == "__main__":

@@ -31,10 +31,10 @@ class Decoded:
 class Context:
     """Committed tokens with what each of them sees, and the forward pass of a window on top of them."""
 
-    def __init__(self, probs: Forward, prompt: list[int], banned: list[int]):
+    def __init__(self, probs: Forward, prompt: list[int], positions: list[int], banned: list[int]):
         self.probs, self.banned = probs, banned
         self.tokens = np.array(prompt)
-        self.positions = np.arange(len(prompt))
+        self.positions = np.array(positions)
         self.mask = np.tril(np.ones((len(prompt), len(prompt)), bool))
         self.forwards = self.tokens_forwarded = 0
         self.margin = np.inf
@@ -84,17 +84,29 @@ def decode(
     mask_id: int,
     eos_id: int,
     banned: list[int] = (),
+    positions: list[int] | None = None,
+    holes: list[tuple[int, int]] | None = None,
 ) -> Decoded:
-    """Section 4 of the method at temperature 0. `banned` ids enter no softmax and no argmax."""
+    """Section 4 of the method at temperature 0. `banned` ids enter no softmax and no argmax.
+
+    With holes (position, tokens) the prompt is what is given of a text, its tokens at `positions`; a hole that has got
+    its EOS is left alone from there on.
+    """
     k = slot_size
     slots = -(-gen_length // k)
     assert slots % blocks == 0
-    context = Context(probs, prompt, list(banned))
     start = len(prompt)
-    paths, rounds, ended = Counter(), [], False
+    context = Context(probs, prompt, positions or list(range(start)), list(banned))
+    holes = holes or [(start, slots * k)]
+    begins = [position + i for position, size in holes for i in range(0, size, k)]
+    hole_of = [hole for hole, (_, size) in enumerate(holes) for _ in range(0, size, k)]
+    paths, rounds, closed = Counter(), [], set()
 
     def places(chosen):
-        return np.concatenate([start + s * k + np.arange(k) for s in chosen])
+        return np.concatenate([begins[s] + np.arange(k) for s in chosen])
+
+    def close(last):
+        closed.update(s for s in range(last, len(begins)) if hole_of[s] == hole_of[last])
 
     def commit(tokens, positions, mask, path):
         paths[path] += 1
@@ -103,7 +115,8 @@ def decode(
 
     round_index = -1
     for block in range(blocks):
-        remaining = list(range(block * slots // blocks, (block + 1) * slots // blocks))
+        numbers = range(block * slots // blocks, (block + 1) * slots // blocks)
+        remaining = [s for s in numbers if s < len(begins) and s not in closed]
         while remaining:
             round_index += 1
             # Plan.
@@ -127,10 +140,8 @@ def decode(
                 n = eos[0] + 1 if eos else n // k * k
                 if eos:
                     paths["eos verified, earlier slots open"] += remaining[0] < chosen[eos[0] // k]
-                    last, ended = chosen[eos[0] // k], True
-                    remaining = [s for s in remaining if s < last and s not in chosen]
-                else:
-                    remaining = [s for s in remaining if s not in chosen[: n // k]]
+                    close(chosen[eos[0] // k])
+                remaining = [s for s in remaining if s not in chosen[: -(-n // k)] and s not in closed]
                 commit(
                     flat[:n], places(chosen)[:n], np.tril(np.ones((n, n), bool)), "eos verified" if eos else "verified"
                 )
@@ -161,16 +172,15 @@ def decode(
                         )
                     )
             flat = filled[alive].reshape(-1)
-            n, last = len(flat), remaining[-1] + 1
+            n = len(flat)
             if eos_id in flat:
                 n = list(flat).index(eos_id) + 1
-                ended, last = True, chosen[alive[-1]]
+                last = chosen[alive[-1]]
+                close(last)
                 paths["eos completed"] += 1
                 paths["eos completed, earlier slots open"] += any(s < last and s not in chosen for s in remaining)
             commit(flat[:n], where[:n], diagonal[:n, :n], "completion")
-            remaining = [s for s in remaining if s < last and s not in chosen]
-        if ended:
-            break
+            remaining = [s for s in remaining if s not in [chosen[i] for i in alive] and s not in closed]
 
     response = dict(zip(context.positions[start:].tolist(), context.tokens[start:].tolist()))
     tokens = [response[p] for p in sorted(response)]

@@ -1,7 +1,7 @@
 """Many prompts through one engine: results as they come, or all together."""
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 from jax.sharding import Mesh
 
@@ -73,14 +73,19 @@ def stream(
     engine = Engine(params, model, config, batch, max_prompt_length=max_prompt_length or longest, mesh=mesh)
     report = report if report is not None else Report()
     report.batch, report.window, report.cache_length = engine.batch, engine.sampler.window, engine.cache_length
-    waiting = iter(range(start, len(prompts)))
-    index = next(waiting, None)
-    while index is not None or engine.busy:
-        while index is not None and engine.add(Prompt(prompts[index], config, index, seed)) is not None:
-            index = next(waiting, None)
-        answers = engine.step(every or UNLIMITED, unfinished=bool(every))
+    for answer in serve(engine, (Prompt(prompts[i], config, i, seed) for i in range(start, len(prompts))), every):
         report.steps, report.prefills = engine.steps, engine.prefills
-        yield from answers
+        yield answer
+
+
+def serve(engine: Engine, requests: Iterable[Prompt], every: int = 0) -> Iterator[Generation]:
+    """Answers to requests, as many at a time as the engine has rows; `every` as in `stream`."""
+    waiting = iter(requests)
+    request = next(waiting, None)
+    while request is not None or engine.busy:
+        while request is not None and engine.add(request) is not None:
+            request = next(waiting, None)
+        yield from engine.step(every or UNLIMITED, unfinished=bool(every))
 
 
 def generate(
