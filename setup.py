@@ -48,7 +48,8 @@ setup(
             *DEMO,
             *EVAL,
             *SERVE,
-            "openai",
+            "openai",  # clients of the server
+            "lm-eval[api]",
         ],
         "torch": ["torch", *HF],  # only to compare with PyTorch
         "tpu": ["jax[tpu]"],  # also compiles TPU programs on machines without a TPU

@@ -203,14 +203,54 @@ def test_logprobs_of_an_answer(client, decoder, answers):
 
 
 def test_tokens_there_and_back(http_client, decoder):
-    found = http_client.post("/tokenize", json={"prompt": "où <|mask|>"}).json()
-    assert found["tokens"] == list("où <|mask|>".encode()) and found["count"] == len(found["tokens"])
-    assert http_client.post("/detokenize", json={"tokens": found["tokens"]}).json()["prompt"] == "où <|mask|>"
-    messages = [{"role": "user", "content": "sun"}]
-    chat = http_client.post("/tokenize", json={"messages": messages}).json()["tokens"]
-    assert chat == decoder.tokenizer.encode_prompt("sun")
+    """Names of special tokens are meant, as in what a client has rendered."""
+    text = "<|user|>où<|assistant|>"
+    found = http_client.post("/tokenize", json={"prompt": text}).json()
+    assert found["tokens"] == decoder.tokenizer.encode_prompt("où") and found["count"] == len(found["tokens"])
+    assert http_client.post("/detokenize", json={"tokens": found["tokens"]}).json()["prompt"] == text
+    messages = [{"role": "user", "content": "où"}]
+    assert http_client.post("/tokenize", json={"messages": messages}).json()["tokens"] == found["tokens"]
     assert http_client.get("/tokenizer_info").json()["eos_token"] == "<|end|>"
     assert http_client.post("/flush_cache").status_code == 200
+
+
+def test_special_tokens_in_prompts_are_text(client, decoder):
+    found = client.completions.create(model="tiny", prompt="<|mask|><|end|>", max_tokens=4)
+    assert found.usage.prompt_tokens == len("<|mask|><|end|>")
+
+
+# --- lm-eval's own clients.
+
+
+def test_lm_eval_gets_likelihoods_and_answers(address, decoder, answers):
+    lm_eval = pytest.importorskip("lm_eval.models.openai_completions")
+    from lm_eval.api.instance import Instance
+
+    completions = lm_eval.LocalCompletionsAPI(
+        base_url=f"{address}/v1/completions", model="tiny", max_length=128, batch_size=2, num_concurrent=2
+    )
+    assert completions.tokenizer_backend == "remote"  # this server's
+    instance = lambda kind, *arguments: Instance(kind, {}, arguments, 0)
+    pairs = [("some context", " and its end"), ("short", " one"), ("x", "y")]
+    found = completions.loglikelihood([instance("loglikelihood", *pair) for pair in pairs])
+    for (context, continuation), (logprob, greedy) in zip(pairs, found):
+        scores = left_to_right(decoder, list((context + continuation).encode()))[-len(continuation) :]
+        assert logprob == pytest.approx(scores.sum(), rel=1e-4, abs=1e-3) and isinstance(greedy, bool)
+    chat = lm_eval.LocalChatCompletion(base_url=f"{address}/v1/chat/completions", model="tiny", num_concurrent=1)
+    queries = QUERIES[:3]
+    messages = [json.dumps([{"role": "user", "content": query}]) for query in queries]
+    options = {"until": ["never to be seen"], "max_gen_toks": 16, "do_sample": False}
+    prompts = [instance("generate_until", lm_eval_prompt(message), dict(options)) for message in messages]
+    expected = [decoder.tokenizer.decode(answers["plan_and_infill", query].tokens) for query in queries]
+    assert chat.generate_until(prompts) == expected
+    plain = completions.generate_until([instance("generate_until", "<|user|>sun<|assistant|>", dict(options))])
+    assert plain == expected[:1]
+
+
+def lm_eval_prompt(messages: str):
+    from lm_eval.models.api_models import JsonChatStr
+
+    return JsonChatStr(messages)
 
 
 # --- What is compiled, counted and logged.

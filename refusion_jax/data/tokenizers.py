@@ -50,6 +50,10 @@ class Tokenizer:
         """Ids of plain text. Names of special tokens inside the text are spelled out, never turned into special ids."""
         return list(self.encode_batch([text])[0])
 
+    def encode_rendered(self, text: str) -> list[int]:
+        """Ids of a text in which names of special tokens are meant, such as one that a chat template has made."""
+        raise NotImplementedError
+
     def encode_batch(self, texts: Sequence[str]) -> list[Sequence[int]]:
         """Ids of each plain text."""
         raise NotImplementedError
@@ -124,6 +128,11 @@ class ByteTokenizer(Tokenizer):
     def encode(self, text):
         return list(text.encode("utf-8"))
 
+    def encode_rendered(self, text):
+        pieces = re.split("(" + "|".join(map(re.escape, self.SPECIAL)) + ")", text)  # with names at odd places
+        ids = [[256 + self.SPECIAL.index(p)] if i % 2 else p.encode("utf-8") for i, p in enumerate(pieces)]
+        return list(itertools.chain.from_iterable(ids))
+
     def decode(self, ids, skip_special_tokens=True):
         pieces = []
         for i in map(int, ids):
@@ -183,6 +192,9 @@ class HuggingFaceTokenizer(Tokenizer):
 
     def encode_batch(self, texts):
         return self._ids(texts, split=True)
+
+    def encode_rendered(self, text):
+        return self._ids([text], split=False)[0]
 
     def encode_chats(self, chats):
         if not self._tokenizer.chat_template:

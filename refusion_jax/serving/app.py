@@ -199,7 +199,8 @@ class Service:
     def _tokens(self, body: dict) -> list[int]:
         if body.get("messages") is not None:
             return protocol.chat_ids(body, self.offer)
-        return list(map(int, self.offer.tokenizer.encode(protocol.text_of(body.get("prompt"), "prompt"))))
+        # Clients send what they have rendered with the chat template.
+        return self.offer.tokenizer.encode_rendered(protocol.text_of(body.get("prompt"), "prompt"))
 
     async def detokenize(self, http: HttpRequest) -> Response:
         body = protocol.parse_json(await read_body(http))
