@@ -91,6 +91,8 @@ class DataConfig:
       train, evaluation: sources; evaluation may be empty.
       max_length: length of a packed row, tokens; longer examples are dropped, longer documents (plain text) split.
       max_examples_per_row: static maximum of examples in a row; 0: chosen from the data.
+      piece_positions: where positions begin in a piece of a split document: at 0 ("restart"), or where the piece is in
+        its document ("continue"), which the model must have positions for.
       response_multiple: responses are filled with EOS tokens, which are learnt like others, to a multiple of so many
         tokens; documents are not. For diffusion over whole responses, which has to be told where one ends.
       cache_dir: local folder where a run tokenises its sources; empty: the run's folder.
@@ -107,6 +109,7 @@ class DataConfig:
     evaluation: tuple[SourceConfig, ...] = ()
     max_length: int = 4096
     max_examples_per_row: int = 0
+    piece_positions: str = "restart"
     response_multiple: int = 1
     cache_dir: str = ""
     store: str = ""
@@ -115,6 +118,7 @@ class DataConfig:
 
     def __post_init__(self):
         positive("data", self, "max_length", "response_multiple")
+        choice("data", self, "piece_positions", ("restart", "continue"))
         not_negative("data", self, "max_examples_per_row")
 
 

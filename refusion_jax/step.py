@@ -16,7 +16,7 @@ from refusion_jax import keys, lora
 from refusion_jax.config import Config, OptimizerConfig
 from refusion_jax.errors import UserError
 from refusion_jax.model.qwen3 import init_params, unstacked
-from refusion_jax.objective.common import Inputs, PackedBatch, token_losses
+from refusion_jax.objective.common import Inputs, PackedBatch, token_losses, with_first_positions
 from refusion_jax.parallel import sharding
 
 
@@ -99,6 +99,7 @@ def train_step(
       token_pairs (attended), grad_norm (before clipping), param_norm (after the update).
     """
     inputs = config.objective.corrupt(keys.domain_key(config.seed, "corruption"), batch, config.model, state.step)
+    inputs = with_first_positions(inputs, batch)
 
     def loss_fn(params: dict, inputs: Inputs) -> tuple[jax.Array, dict]:
         variables = model_variables(config, params, state.frozen)
@@ -158,6 +159,7 @@ def eval_step(config: Config, params: dict, frozen: dict, batch: PackedBatch) ->
       several batches they add up.
     """
     inputs = config.objective.corrupt(keys.domain_key(config.seed, "evaluation"), batch, config.model, math.inf)
+    inputs = with_first_positions(inputs, batch)
     losses = token_losses(config.model, config.objective, model_variables(config, params, frozen), inputs)
     return {
         name: {

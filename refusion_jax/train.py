@@ -188,15 +188,29 @@ def open_data(
         max_length=config.data.max_length,
         max_examples_per_row=config.data.max_examples_per_row,
         response_multiple=config.data.response_multiple,
+        piece_positions=config.data.piece_positions,
         seed=config.seed,
         cache_dir=config.data.cache_dir or workdir / "cache",
         store=config.data.store,
     )
     mixture = tuple((m.step * config.batch_size, m.shares) for m in config.data.mixture)
     rows = pipeline.load_rows(config.data.train, tokenizer, mixture=mixture, **settings)
+    check_positions(config, rows, "train")
     if not config.data.evaluation:
         return rows, None
-    return rows, pipeline.load_rows(config.data.evaluation, tokenizer, shuffle=False, **settings)
+    eval_rows = pipeline.load_rows(config.data.evaluation, tokenizer, shuffle=False, **settings)
+    check_positions(config, eval_rows, "evaluation")
+    return rows, eval_rows
+
+
+def check_positions(config: Config, rows: pipeline.Rows, name: str) -> None:
+    """Raises a UserError for documents that are longer than the model has positions, where theirs continue."""
+    if rows.positions > config.model.max_position_embeddings:
+        raise UserError(
+            f"config.data.piece_positions is 'continue' and a document of config.data.{name} has {rows.positions:,} "
+            f"tokens, but config.model.max_position_embeddings is {config.model.max_position_embeddings}. Raise it, or "
+            "set piece_positions to 'restart'."
+        )
 
 
 def describe(config: Config, rows: pipeline.Rows, checkpoints: orbax.Checkpoints) -> dict:

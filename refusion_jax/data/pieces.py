@@ -1,9 +1,10 @@
 """What stands in rows: the examples of a source, and in place of long documents (plain text) pieces of them.
 
 A document of n text tokens whose sequence, with begin and end id, is longer than a row of L becomes ceil(n / (L - 1))
-pieces in order. A piece is a sequence of its own: the begin id and the next L - 1 tokens, with positions from 0 and no
-attention to the piece before. Only the document's end is followed by the end id, where it fits, so that no piece in the
-middle teaches to stop. Where a document is cut depends on its own length and on L, nothing else.
+pieces in order. A piece is a sequence of its own: the begin id and the next L - 1 tokens, with positions from 0, or as
+in the document, and no attention to the piece before. Only the document's end is followed by the end id, where it fits,
+so that no piece in the middle teaches to stop. Where a document is cut depends on its own length and on L, nothing
+else.
 
 Responses to prompts may be filled with further end ids, which objectives take for a part of them.
 """
@@ -37,6 +38,11 @@ class Pieces:
 
     def __len__(self) -> int:
         return len(self.starts)
+
+    @property
+    def first_positions(self) -> np.ndarray:
+        """int64 [pieces], where each begins in its document, the repeated begin id in place of the token before."""
+        return self.starts - self.continued
 
     def ids(self, i: int, tokens: np.ndarray, begin_id: int, end_id: int) -> np.ndarray:
         """Token ids of a piece: [lengths[i]].

@@ -74,7 +74,8 @@ class Rows:
 
     A row is a dict: tokens int32 [length], examples end to end from index 0, then padding; prompt_lengths and lengths
     int32 [examples] (0: no example); example_ids uint32 [examples], the number of this pass over this example, which
-    does not depend on where it is packed. All its examples are of one source; sources take turns (`mixture.py`).
+    does not depend on where it is packed; with `continued` also first_positions int32 [examples]. All its examples are
+    of one source; sources take turns (`mixture.py`).
 
     In an epoch every kept example of a source with weight 1 comes once. Weight w means w passes per epoch: with 0.5 the
     epochs take halves of one order in turn, with 2 every example comes twice. With a mixture the sources have shares of
@@ -99,16 +100,18 @@ class Rows:
         begin_id: int = -1,
         end_id: int = -1,
         mixture: Sequence[tuple[int, Sequence[float]]] = (),
+        continued: bool = False,
         content: dict[str, str | float] | None = None,
     ):
         """
         Args:
           weights: passes over each source per epoch.
           mixture: (first row, shares of the sources from it on), instead of weights.
+          continued: pieces of documents have their positions there, not positions from 0 on.
           content: what `sources` are made from, for the fingerprint.
         """
         self._sources, self._weights, self._pad_id = sources, weights, pad_id
-        self._ids = begin_id, end_id
+        self._ids, self._continued = (begin_id, end_id), continued
         # Of each source in the numbering of all examples.
         self._base = np.cumsum([0, *(windows.total("pieces") for windows in sources)])
         self.max_length = max_length
@@ -130,6 +133,8 @@ class Rows:
         }
         if mixture:
             self.fingerprint["data.mixture"] = repr(mixture)
+        if continued:
+            self.fingerprint["data.piece_positions"] = "continue"
 
     @property
     def rows_per_epoch(self) -> int:
@@ -154,6 +159,8 @@ class Rows:
         result["lengths"][:count] = window.pieces.lengths[at]
         result["prompt_lengths"][:count] = window.pieces.prompt_lengths[at]
         result["example_ids"][:count] = (row.passes * self._base[-1] + self._base[source] + row.numbers) % 2**32
+        if self._continued:
+            result["first_positions"][:count] = window.pieces.first_positions[at]
         end = 0
         for piece in at:
             ids = window.ids(piece, self._sources[source].store, *self._ids)
@@ -164,12 +171,18 @@ class Rows:
     def empty_row(self) -> Batch:
         """A row without examples."""
         examples = self.max_examples_per_row
-        return {
+        row = {
             "tokens": np.full(self.max_length, self._pad_id, np.int32),
             "prompt_lengths": np.zeros(examples, np.int32),
             "lengths": np.zeros(examples, np.int32),
             "example_ids": np.zeros(examples, np.uint32),
         }
+        return row | ({"first_positions": np.zeros(examples, np.int32)} if self._continued else {})
+
+    @property
+    def positions(self) -> int:
+        """Positions that a model must have for these rows."""
+        return max(int(s.survey["farthest"].max()) for s in self._sources) if self._continued else self.max_length
 
     @functools.cached_property
     def report(self) -> Report:
@@ -212,6 +225,7 @@ def load_rows(
     cache_dir: str | os.PathLike,
     store: str | os.PathLike = "",
     mixture: Sequence[tuple[int, Sequence[float]]] = (),
+    piece_positions: str = "restart",
     shuffle: bool = True,
     mapped: Callable = map,
 ) -> Rows:
@@ -228,6 +242,7 @@ def load_rows(
       cache_dir: folder where sources are tokenised into stores, without `store`.
       store: folder, or address of one, where `refusion_jax.prepare` has put them.
       mixture: (first row, the sources' shares of the rows from it on), instead of the sources' weights.
+      piece_positions: "restart" or "continue", see `DataConfig`.
       shuffle: False: one fixed order, for evaluation.
       mapped: `map`, or one that looks at windows in several processes.
 
@@ -259,6 +274,7 @@ def load_rows(
         begin_id=tokenizer.begin_id,
         end_id=tokenizer.eos_id,
         mixture=mixture,
+        continued=piece_positions == "continue",
         content=content,
     )
 

@@ -30,6 +30,7 @@ SURVEY = np.dtype(
         ("long", "<i8"),  # of these the pieces of long documents
         ("tokens", "<i8"),  # of the kept ones
         ("shortest", "<i8"),  # of the part: tokens of its shortest
+        ("farthest", "<i8"),  # of the kept ones: the last position in a document, and 1
     ]
 )
 
@@ -101,7 +102,9 @@ class Windows:
         found = self.read(window)
         lengths = found.pieces.lengths
         kept, shortest = found.kept, lengths[found.part].min(initial=2**62)
-        return len(lengths), len(found.part), len(kept), found.pieces.long[kept].sum(), lengths[kept].sum(), shortest
+        farthest = (found.pieces.first_positions + lengths)[kept].max(initial=0)
+        long = found.pieces.long[kept].sum()
+        return len(lengths), len(found.part), len(kept), long, lengths[kept].sum(), shortest, farthest
 
     def _remembered(self, what: str, dtype: np.dtype, of_window: Callable[[int], tuple | int]) -> np.ndarray:
         """`of_window` of each window, from beside the store if it was found before, else written there if that is

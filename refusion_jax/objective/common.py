@@ -33,12 +33,14 @@ class PackedBatch:
       prompt_lengths: [batch, examples] int32.
       lengths: [batch, examples] int32, prompt and response; 0: no example.
       example_ids: [batch, examples] uint32; one id for one pass over one example.
+      first_positions: [batch, examples] int32, position of each example's first token; None: 0.
     """
 
     tokens: jax.Array
     prompt_lengths: jax.Array
     lengths: jax.Array
     example_ids: jax.Array
+    first_positions: jax.Array | None = None
 
 
 @struct.dataclass
@@ -139,6 +141,15 @@ def layout(batch: PackedBatch) -> Layout:
         offset=jnp.where(padding, -1, positions - prompt),
         response_length=jnp.where(padding, 1, of_example(batch.lengths) - prompt),
     )
+
+
+def with_first_positions(inputs: Inputs, batch: PackedBatch) -> Inputs:
+    """Inputs made of a batch, with positions that begin at the batch's `first_positions`."""
+    if batch.first_positions is None:
+        return inputs
+    chex.assert_equal_shape([batch.first_positions, batch.lengths])
+    first = jnp.pad(batch.first_positions, ((0, 0), (1, 0)))  # segment 0 is padding
+    return inputs.replace(positions=inputs.positions + jnp.take_along_axis(first, inputs.context.segment_ids, axis=1))
 
 
 def count_in_segment(chosen: jax.Array, segment_ids: jax.Array) -> jax.Array:
