@@ -48,6 +48,7 @@ def contents(answer):
         "fastdllm_dream/prefix",
         "fastdllm_dream/dual",
         "diffullama/topk",
+        "mdlm",
         "dkv_llada/decode",
         "dkv_llada/greedy",
         "dkv_dream/decode",

@@ -8,6 +8,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import reference_block
+import reference_mdlm
 from jax.sharding import Mesh
 
 from refusion_jax.model.config import ModelConfig
@@ -61,6 +62,8 @@ def case(number: int, record: dict[str, Any], vocabulary: int, speculate: str = 
         "forwards": record["forwards"],
         "tokens_forwarded": sum(forwarded) if isinstance(forwarded, list) else forwarded,
     }
+    if record["method"] == "mdlm":
+        return Case(number, prompt, reference_mdlm.settings(record, vocabulary), wanted, limit=params["gen_length"])
     settings = masked_settings(record)
     limit = settings["gen_length"]
     return Case(number, prompt, MaskedConfig(stop="length", **in_room(settings)), wanted, stop_ids, limit)
