@@ -26,7 +26,7 @@ from refusion_jax.metrics.flops import CHIPS
 from refusion_jax.model import cached_attention, head
 from refusion_jax.model.config import ModelConfig, qwen3
 from refusion_jax.parallel.mesh import make_mesh
-from refusion_jax.sampling import PlanAndInfillConfig, sampler_config
+from refusion_jax.sampling import sampler_config
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 needs_libtpu = [
@@ -292,6 +292,15 @@ def test_without_a_compiler_for_gpus_one_paragraph_says_what_to_install(monkeypa
         run_tool(monkeypatch, "--topology", "h100:2x8")
 
 
+SAMPLERS = {
+    "plan_and_infill": {"slot_size": 8, "blocks": 4},
+    "autoregressive": {},
+    "speculative": {},
+    "block": {"block_size": 8},
+    "masked": {"block_length": 16},
+}
+
+
 class TestTpuCompiler:
     pytestmark = needs_libtpu
 
@@ -310,13 +319,16 @@ class TestTpuCompiler:
         for kernel in ("splash_mha_fwd", "splash_mha_dq", "splash_mha_dkv"):
             assert sum(kernel in line for line in calls) == 1, kernel
 
-    @pytest.mark.parametrize("shape, batch", [((1, 2, 2), 16), ((2, 2, 1), 256)])
-    def test_decoding_copies_no_cache_and_gathers_no_weights(self, shape, batch, monkeypatch):
+    @pytest.mark.parametrize(
+        "shape, batch, method",
+        [((1, 2, 2), 16, "plan_and_infill"), ((2, 2, 1), 256, "plan_and_infill"), ((1, 2, 2), 16, "block")],
+    )
+    def test_decoding_copies_no_cache_and_gathers_no_weights(self, shape, batch, method, monkeypatch):
         """With few rows and one key head on a device, and with many and several, which XLA lays out differently."""
         monkeypatch.setattr(cached_attention, "SCORE_BYTES", 2**20)
         model = dataclasses.replace(MODEL, dtype="bfloat16")
         mesh = make_mesh(*shape, devices=targets.topology_devices("v5e:2x2"))
-        sampler = PlanAndInfillConfig(gen_length=64, slot_size=8, blocks=4)
+        sampler = sampler_config(method, gen_length=64, **SAMPLERS[method])
         temporaries = []
         for prompt_length in (2048, 16384):
             lowered, _ = compile_step.decode_program(
@@ -369,13 +381,12 @@ class TestTpuCompiler:
             targets.topology_devices("v9:2x2")
 
 
-@pytest.fixture(scope="module", params=["plan_and_infill", "autoregressive"])
+@pytest.fixture(scope="module", params=SAMPLERS)
 def decoding_on_gpu(request):
     """The decoding loop on one H100, taken apart: a sampler's program, mesh, report."""
     model = dataclasses.replace(MODEL, dtype="bfloat16")
     mesh = make_mesh(1, 1, 1, devices=targets.topology_devices("h100:1"))
-    slots = {"slot_size": 8, "blocks": 4} if request.param == "plan_and_infill" else {}
-    sampler = sampler_config(request.param, gen_length=64, **slots)
+    sampler = sampler_config(request.param, gen_length=64, **SAMPLERS[request.param])
     lowered, work = compile_step.decode_program(
         dataclasses.replace(CONFIG, model=model), mesh, sampler, batch=2, prompt_length=512
     )
