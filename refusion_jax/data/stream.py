@@ -6,6 +6,7 @@ import threading
 
 import numpy as np
 
+from refusion_jax import storage
 from refusion_jax.data import packing
 from refusion_jax.data.windows import ORDER, Window, Windows
 
@@ -99,7 +100,9 @@ class Stream:
         def make() -> None:
             try:
                 future.set_result(self._make_plan(turn))
-            except BaseException as error:  # for the thread that needs the plan
+            except BaseException as error:  # for the thread that needs the plan; the next one tries again
+                with self._lock:
+                    self._plans.pop(turn, None)
                 future.set_exception(error)
 
         threading.Thread(target=make, name=f"plan of window {turn}", daemon=True).start()
@@ -113,4 +116,7 @@ class Stream:
         seeds = (self._seed, passes, number * self._sources + self._source) if self._shuffle else None
         lengths = window.pieces.lengths[window.kept]
         plan = packing.pack_into(int(self._rows[number]), lengths, self.windows.max_length, self._max_examples, seeds)
+        if not storage.is_local(self.windows.store.folder):
+            for block in window.blocks:
+                self.windows.store.read_ahead(int(block))
         return Planned(window, plan)
