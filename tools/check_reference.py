@@ -1,9 +1,10 @@
 """Compares this implementation with reference data: `python tools/check_reference.py DIR`.
 
 DIR holds `model/` (Hugging Face layout), or a file `MODEL` with the path of the model's folder from DIR, and any of
-`logits.npz`, `losses.npz` (of ReFusion, or of a method of `reference_losses.py`), `decode.jsonl`. Prints one line per
-kind and every mismatch with its size; exits with 1 if anything differs. --checkpoint takes the parameters from
-elsewhere, a converted checkpoint say, and --mesh restores them onto several devices.
+`logits.npz`, `losses*.npz` (of ReFusion, or of a method of `reference_losses.py`), `likelihood.npz`, `loglik.jsonl`,
+`decode.jsonl`. Prints one line per kind and every mismatch with its size; exits with 1 if anything differs.
+--checkpoint takes the parameters from elsewhere, a converted checkpoint say, and --mesh restores them onto several
+devices.
 """
 
 import argparse
@@ -11,6 +12,7 @@ import dataclasses
 import functools
 import pathlib
 import sys
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -18,6 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import reference_decode
+import reference_likelihood
 import reference_losses
 
 from refusion_jax.checkpoint import load
@@ -35,6 +38,7 @@ from refusion_jax.parallel import sharding
 
 LOGITS_TOLERANCE = 2e-4  # max abs difference
 LOSS_TOLERANCE = 1e-5  # relative
+LIKELIHOOD_TOLERANCE = 2e-5  # relative
 GRADIENT_TOLERANCE = 1e-4  # relative, of the global norm
 
 
@@ -176,6 +180,15 @@ def check_decode(
     return len(cases), equal, problems
 
 
+def check_likelihoods(
+    read: Callable, config: ModelConfig, params: dict, path: pathlib.Path
+) -> tuple[int, int, list[str]]:
+    """(numbers, equal ones, mismatches) of what `read` of reference_likelihood.py makes of a file."""
+    compared = list(read(config, params, path))
+    problems = [line for name, ours, theirs in compared for line in differs(name, ours, theirs, LIKELIHOOD_TOLERANCE)]
+    return len(compared), len(compared) - len(problems), problems
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=pathlib.Path, metavar="DIR")
@@ -203,7 +216,13 @@ def main() -> None:
 
     decode = functools.partial(check_decode, speculate=arguments.speculate)
     losses = dict.fromkeys(("losses.npz", "losses_dllm.npz"), check_losses)
-    kinds = {"logits.npz": check_logits, **losses, "decode.jsonl": decode}
+    kinds = {
+        "logits.npz": check_logits,
+        **losses,
+        "likelihood.npz": functools.partial(check_likelihoods, reference_likelihood.likelihoods),
+        "loglik.jsonl": functools.partial(check_likelihoods, reference_likelihood.logliks),
+        "decode.jsonl": decode,
+    }
     present = [name for name in kinds if (folder / name).exists()]
     if not present:
         raise UserError(f"{folder} holds none of {', '.join(kinds)}; there is nothing to compare with.")

@@ -83,7 +83,7 @@ def _padded(batch: Batch, rows: int, length: int) -> Batch:
     return {name: grow(x) for name, x in batch.items()}
 
 
-def _rows(batch: Batch, lengths: str = "filled") -> PackedBatch:
+def rows_of(batch: Batch, lengths: str = "filled") -> PackedBatch:
     """One example to a row; what fills its recorded length is part of it, unless `lengths` names others."""
     as_column = lambda values: jnp.asarray(values, jnp.int32)[:, None]
     prompts, lengths = as_column(batch["prompt_lengths"]), as_column(batch[lengths])
@@ -97,7 +97,7 @@ def _draws(t: np.ndarray, u: np.ndarray, **others) -> Draws:
 
 def _llada(model: ModelConfig, batch: Batch):
     objective = METHODS["llada_pretrain" if batch["objective"] == "pretrain" else "llada"]
-    yield "loss", objective, objective.inputs(_rows(batch), model, _draws(level(batch["t"]), batch["uniform"]))
+    yield "loss", objective, objective.inputs(rows_of(batch), model, _draws(level(batch["t"]), batch["uniform"]))
 
 
 def _dream(model: ModelConfig, batch: Batch):
@@ -114,15 +114,15 @@ def _dream(model: ModelConfig, batch: Batch):
             common, norm=norm, weight=weights.get(kind, kind), **({"cart_p": float(p)} if p else {})
         )
         t = batch["t"] + np.float32(1e-6) if kind == "scheduler" else batch["t"]
-        yield name, objective, objective.inputs(_rows(batch), model, _draws(t, batch["u"]))
+        yield name, objective, objective.inputs(rows_of(batch), model, _draws(t, batch["u"]))
 
 
 def _diffullama(model: ModelConfig, batch: Batch):
     objective = dataclasses.replace(METHODS["diffullama"], alignment="shift" if batch["shift"] else "same")
     draws = _draws(batch["t"], batch["u"], seen=jnp.asarray(batch["bernoulli"])[None])
-    yield "loss", objective, objective.inputs(_rows(batch), model, draws)
+    yield "loss", objective, objective.inputs(rows_of(batch), model, draws)
     unweighted = dataclasses.replace(objective, weight="uniform")
-    yield "unweighted_loss", unweighted, unweighted.inputs(_rows(batch), model, draws)
+    yield "unweighted_loss", unweighted, unweighted.inputs(rows_of(batch), model, draws)
 
 
 def _mdlm(model: ModelConfig, batch: Batch):
@@ -138,7 +138,7 @@ def _mdlm(model: ModelConfig, batch: Batch):
     if batch["importance"]:  # recorded is where log_linear has the same probability
         lowest, highest = np.log(-np.expm1(-1e-3)), np.log1p(-1e-3)
         t = ((np.log(np.maximum(t, 1e-9) * (1 - 1e-3)) - lowest) / (highest - lowest)).astype(np.float32)
-    inputs = objective.inputs(_rows(batch), model, _draws(t, batch["u_mask"]))
+    inputs = objective.inputs(rows_of(batch), model, _draws(t, batch["u_mask"]))
     counted = jnp.asarray(batch["loss_mask"], jnp.float32)
     of_rows = jnp.tile(counted, (len(inputs.tokens) // len(counted), 1))  # twice with clean ones
     terms = {
@@ -171,7 +171,7 @@ def _blockwise(model: ModelConfig, batch: Batch):
         if 0 < objective.suffix_mask_prob < 1:
             u[row, end:length] = list(itertools.islice(numbers, int(length - end)))
     draws = _draws(t, u, block=jnp.broadcast_to(blocks[:, None], u.shape))
-    yield "loss", objective, objective.inputs(_rows(batch, "lengths"), model, draws)
+    yield "loss", objective, objective.inputs(rows_of(batch, "lengths"), model, draws)
 
 
 def _bd3(model: ModelConfig, batch: Batch):
@@ -184,7 +184,7 @@ def _bd3(model: ModelConfig, batch: Batch):
         resample=bool(batch["resample"]) and (low, high) != (1e-3, 1),
         weight="uniform" if low > 0.5 else "elbo",
     )
-    rows, again = _rows(batch), jnp.asarray(batch["u_resample"])
+    rows, again = rows_of(batch), jnp.asarray(batch["u_resample"])
     t = np.broadcast_to(batch["t"], batch["tokens"].shape)
     recorded = jnp.concatenate([jnp.asarray(batch["u_mask"])[None], *[u[None] for u in again]])
     masked = objective.masks(
@@ -224,7 +224,7 @@ def _dllm(model: ModelConfig, batch: Batch):
         norm=str(batch["norm"]),
     )
     labelled = (batch["labels"] != -100).sum(axis=1) * (batch["filled"] > 0)
-    rows = _rows(batch | {"labelled": batch["prompt_lengths"] + labelled}, "labelled")
+    rows = rows_of(batch | {"labelled": batch["prompt_lengths"] + labelled}, "labelled")
     t = jnp.broadcast_to(jnp.asarray(batch["t"])[:, None], rows.tokens.shape)
     p, _ = objective.probability(t)
     masked = jnp.asarray(batch["u_mask"]) < p
@@ -237,7 +237,7 @@ def _dllm(model: ModelConfig, batch: Batch):
 
 def _sedd(model: ModelConfig, batch: Batch):
     objective = Sedd()
-    yield "loss", objective, objective.inputs(_rows(batch), model, _draws(batch["t"], batch["u_mask"]))
+    yield "loss", objective, objective.inputs(rows_of(batch), model, _draws(batch["t"], batch["u_mask"]))
 
 
 def _spindle(model: ModelConfig, data: Batch) -> Iterator[Case]:
@@ -261,7 +261,7 @@ def _spindle(model: ModelConfig, data: Batch) -> Iterator[Case]:
             batch = {"tokens": tokens, "lengths": data[f"{group}/lengths"]}
             batch["prompt_lengths"] = np.zeros_like(batch["lengths"])
             t = np.full(len(tokens), (recorded("t") + 0.5) / int(steps), np.float32)
-            inputs = objective.inputs(_rows(batch, "lengths"), model, _draws(t, recorded("u_mask")))
+            inputs = objective.inputs(rows_of(batch, "lengths"), model, _draws(t, recorded("u_mask")))
             yield Case(
                 f"{group} {loss}",
                 objective,
