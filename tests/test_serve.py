@@ -9,9 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 import openai
 import pytest
-import served
-from served import QUERIES, ask, sample_values, wait_until_idle
+from served import QUERIES, SETTINGS, ask, sample_values, wait_until_idle
 
+from refusion_jax.infilling import Hole, Template
 from refusion_jax.model.attention import Packed
 from refusion_jax.model.head import over_vocabulary
 from refusion_jax.model.qwen3 import Qwen3
@@ -132,7 +132,7 @@ def test_stop_ids_and_thresholds_are_each_requests_own(client, decoder, answers)
     extra = {"method": "autoregressive", "stop_token_ids": [first[2]]}
     found = ask(client, "sun", extra_body=extra)
     assert found.usage.completion_tokens == first.index(first[2]) + 1 and found.choices[0].finish_reason == "stop"
-    config = decoder.settings(**served.SETTINGS | {"slot_threshold": 0.0, "token_threshold": 0.9})
+    config = decoder.settings(**SETTINGS | {"slot_threshold": 0.0, "token_threshold": 0.9})
     ids = decoder.tokenizer.encode_prompts(["sun"])
     expected = generate(decoder.params, decoder.model, config, ids, max_prompt_length=112)[0]
     found = ask(client, "sun", extra_body={"slot_threshold": 0.0, "token_threshold": 0.9})
@@ -159,6 +159,103 @@ def test_unknown_null_and_neutral_fields_are_ignored(client, http_client):
         "chat_template_kwargs": {},
     }
     assert http_client.post("/v1/chat/completions", json=body).json()["choices"][0]["message"]["content"] == plain
+
+
+def test_suffix_makes_the_answer_a_hole(client, decoder):
+    config = decoder.settings(**SETTINGS)
+    for prompt, size in (("def add(a, b):", 8), ("où", 16)):
+        (expected,) = decoder.fill([Template([prompt, Hole(size), "print(add(1, 2))"])], config)
+        found = client.completions.create(model="tiny", prompt=prompt, suffix="print(add(1, 2))", max_tokens=size - 1)
+        assert found.choices[0].text == expected.holes[0]
+        assert found.usage.prompt_tokens == len(prompt.encode()) + len("print(add(1, 2))") + 1
+    with pytest.raises(openai.BadRequestError, match="holes") as caught:
+        client.completions.create(model="tiny", prompt="a", suffix="b", extra_body={"method": "autoregressive"})
+    assert caught.value.param == "suffix"
+
+
+# --- What other clients send, as their sources have it.
+
+
+@pytest.mark.parametrize(
+    "path, body",
+    [
+        # vllm bench serve
+        (
+            "/v1/completions",
+            {
+                "prompt": "x",
+                "temperature": 0.0,
+                "repetition_penalty": 1.0,
+                "max_tokens": 8,
+                "logprobs": None,
+                "stream": True,
+                "stream_options": {"include_usage": True},
+                "ignore_eos": False,
+            },
+        ),
+        (
+            "/v1/chat/completions",
+            {
+                "messages": [{"role": "user", "content": [{"type": "text", "text": "x"}]}],
+                "stream": True,
+                "max_completion_tokens": 8,
+                "stream_options": {"include_usage": True},
+            },
+        ),
+        # sglang.bench_serving
+        (
+            "/v1/completions",
+            {
+                "prompt": "x",
+                "temperature": 0.0,
+                "best_of": 1,
+                "max_tokens": 8,
+                "stream": True,
+                "ignore_eos": True,
+                "stream_options": {"include_usage": True},
+            },
+        ),
+        # langchain-openai
+        (
+            "/v1/chat/completions",
+            {
+                "messages": [{"role": "system", "content": "x"}, {"role": "user", "content": "x"}],
+                "stream": True,
+                "temperature": 0.7,
+                "n": 1,
+                "stream_options": {"include_usage": True},
+            },
+        ),
+        # Open WebUI
+        (
+            "/v1/chat/completions",
+            {
+                "stream": True,
+                "messages": [{"role": "user", "content": "x"}],
+                "max_tokens": 8,
+                "user": {},
+                "metadata": None,
+                "params": {},
+                "features": {},
+                "session_id": "s",
+                "chat_id": "c",
+                "stream_options": {"include_usage": True},
+            },
+        ),
+    ],
+)
+def test_bodies_of_other_clients(http_client, path, body):
+    """Every line is JSON or the end, as their parsers demand; the usage comes last and alone."""
+    found = http_client.post(path, json={"model": "tiny"} | body)
+    if body.get("messages", [{}])[0].get("role") == "system":  # which the byte tokenizer has not
+        assert found.status_code == 400 and "system" in found.json()["error"]["message"]
+        return
+    assert found.headers["content-type"].startswith("text/event-stream") and found.headers["x-accel-buffering"] == "no"
+    lines = [line for line in found.text.splitlines() if line]
+    assert all(line.startswith("data: ") for line in lines) and lines.pop() == "data: [DONE]"
+    *chunks, last = [json.loads(line[6:]) for line in lines]
+    assert all("usage" not in chunk and "error" not in chunk for chunk in chunks)
+    assert last["choices"] == [] and last["usage"]["total_tokens"] > last["usage"]["completion_tokens"] > 0
 
 
 # --- Likelihood, tokens.

@@ -1,6 +1,7 @@
 """One request and its answers: jobs handed to the device thread, and their texts as they grow."""
 
 import asyncio
+import dataclasses
 import time
 from collections.abc import AsyncIterator
 from typing import Any
@@ -28,22 +29,29 @@ class Exchange:
         rows = [(prompt, i) for prompt in request.prompts for i in range(request.n)]
         self.writings = [responses.Writing(offer.tokenizer, request, eos, index) for index in range(len(rows))]
         wanted = rows if request.limit else []  # an echo alone has no answer
-        self.jobs = [
-            self._job(
-                request.config.method,
-                Prompt(
-                    prompt,
-                    request.config,
-                    seed=(request.seed + i) % 2**32,
-                    stream=0,
-                    limit=request.limit,
-                    stop_ids=request.stop_ids,
-                ),
-                watched,
-            )
-            for prompt, i in wanted
-        ]
+        self.jobs = [self._job(request.config.method, self._prompt(prompt, i), watched) for prompt, i in wanted]
         self._device.submit(self.jobs)
+
+    def _prompt(self, tokens: list[int], number: int) -> Prompt:
+        """The request to the engine for answer `number` to a prompt."""
+        request, at = self.request, len(tokens)
+        prompt = Prompt(
+            tokens,
+            request.config,
+            seed=(request.seed + number) % 2**32,
+            stream=0,
+            limit=request.limit,
+            stop_ids=request.stop_ids,
+        )
+        if not request.suffix:
+            return prompt
+        behind = at + request.limit
+        return dataclasses.replace(
+            prompt,
+            tokens=[*tokens, *request.suffix],
+            positions=[*range(at), *range(behind, behind + len(request.suffix))],
+            holes=((at, request.limit),),
+        )
 
     def _job(self, lane: str, prompt: Prompt, watched: bool = False) -> Job:
         return Job(lane, prompt, self._notify, watched, self._deadline)

@@ -22,7 +22,6 @@ COMPLETION_TOKENS = 16  # an answer of /v1/completions where max_tokens is not g
 NEUTRAL = {"frequency_penalty": 0, "presence_penalty": 0, "repetition_penalty": 1, "min_p": 0, "min_tokens": 0}
 ABSENT = (
     "logit_bias",
-    "suffix",
     "guided_json",
     "guided_regex",
     "guided_choice",
@@ -74,6 +73,7 @@ class Request:
       stop_ids: ids that do, besides the model's EOS.
       logprobs: None: not asked for; else whether the most probable token is to be named too.
       echo: the answer begins with the prompt.
+      suffix: ids of what stands behind the answer; the answer then fills `limit` positions before it.
       stream, include_usage, slots, diffusing: as in README.md.
       timeout: seconds the client waits; None: as long as the server does.
     """
@@ -87,6 +87,7 @@ class Request:
     stop_ids: tuple[int, ...] = ()
     logprobs: bool | None = None
     echo: bool = False
+    suffix: tuple[int, ...] = ()
     stream: bool = False
     include_usage: bool = False
     slots: bool = False
@@ -199,11 +200,32 @@ def completion(body: dict, offer: Offer) -> Request:
         raise BadRequest("best_of is not there; ask for n answers and choose among them.", "best_of")
     echo = flag(body, "echo")
     fields = common(body, offer, COMPLETION_TOKENS, fewest=0 if echo else 1)
+    if body.get("suffix"):
+        if echo or logprobs is not None:
+            raise BadRequest("suffix goes neither with echo nor with logprobs; leave them out.", "suffix")
+        fields |= infilling(text_of(body["suffix"], "suffix"), fields, offer)
     return checked(Request(ids, logprobs=None if logprobs is None else logprobs > 0, echo=echo, **fields), offer)
+
+
+def infilling(suffix: str, fields: dict[str, Any], offer: Offer) -> dict[str, Any]:
+    """The fields that change where the answer is a hole between a prompt and a suffix: whole slots, which it may end
+    early.
+    """
+    config, model = fields["config"], offer.model
+    size = config.up_to(fields["limit"])
+    try:
+        config.check_holes([size])
+    except UserError as error:
+        raise BadRequest(str(error), "suffix") from None
+    pad = () if model.pad_token_id in (None, model.eos_token_id) else (model.pad_token_id,)
+    ids = (*map(int, offer.tokenizer.encode(suffix)), model.eos_token_id)
+    return {"suffix": ids, "limit": size, "stop_ids": (*fields["stop_ids"], *pad)[: MAX_STOP_IDS - 1]}
 
 
 def chat(body: dict, offer: Offer) -> Request:
     """A body of /v1/chat/completions."""
+    if body.get("suffix"):
+        raise BadRequest("suffix is for /v1/completions; leave it out.", "suffix")
     ids = chat_ids(body, offer)
     fields = common(body, offer, max(1, offer.max_length - len(ids)))
     top = number(body, "top_logprobs", 0, 0, 1, whole=True)
@@ -348,11 +370,12 @@ def checked(request: Request, offer: Offer) -> Request:
             f"The request asks for {rows} answers (prompts times n); at most {offer.max_rows} are possible.", "n"
         )
     for index, prompt in enumerate(request.prompts):
-        total = len(prompt) + request.config.up_to(request.limit)
+        given = len(prompt) + len(request.suffix)
+        total = given + request.config.up_to(request.limit)
         if total > offer.max_length:
             raise BadRequest(
-                f"Prompt {index} has {len(prompt)} tokens and its answer up to {request.limit}: that takes {total} "
-                f"of this server's {offer.max_length}. Shorten the prompt or lower max_tokens.",
+                f"Prompt {index} has {given} tokens and its answer up to {request.limit}: that takes {total} of this "
+                f"server's {offer.max_length}. Shorten the prompt or lower max_tokens.",
                 "max_tokens",
             )
     try:

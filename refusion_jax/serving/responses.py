@@ -76,7 +76,7 @@ class Writing:
 def usage(request: Request, jobs: Sequence[Job]) -> dict[str, Any]:
     """Tokens of prompts and answers, and how they were decoded."""
     generations = [job.latest for job in jobs if job.latest is not None]
-    prompt = sum(map(len, request.prompts))
+    prompt = sum(len(prompt) + len(request.suffix) for prompt in request.prompts)
     tokens = sum(len(generation.tokens) for generation in generations)
     forwards = sum(generation.forwards for generation in generations)
     rounds = sum(max(generation.rounds, default=-1) + 1 for generation in generations)
