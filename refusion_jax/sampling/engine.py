@@ -19,6 +19,7 @@ from jax.sharding import Mesh
 from refusion_jax.errors import UserError
 from refusion_jax.model.config import ModelConfig
 from refusion_jax.sampling.config import MAX_STOP_IDS, Generation, SamplerConfig, Settings, check_prompts
+from refusion_jax.sampling.prefixes import BLOCK, Prefixes
 from refusion_jax.sampling.programs import Chunk, cache_bucket, decode_params, make_sampler, programs
 from refusion_jax.sampling.state import Request
 
@@ -67,6 +68,7 @@ class Engine:
         batch: int,
         *,
         max_prompt_length: int = 0,
+        prefix_blocks: int = 0,
         mesh: Mesh | None = None,
     ):
         """Makes an empty batch.
@@ -76,6 +78,7 @@ class Engine:
           config: its static part holds for all requests.
           batch: rows; rounded up to a multiple of the mesh's data x fsdp.
           max_prompt_length: makes room for prompts of this length at once; the cache grows when a longer one comes.
+          prefix_blocks: blocks of the beginnings of prompts whose keys and values are kept (see prefixes.py).
           mesh: devices to decode on (rows over data x fsdp, weights over tensor).
 
         Raises:
@@ -93,6 +96,9 @@ class Engine:
         self._state = self._programs.empty(settings, self.batch, self.cache_length)
         self._owner: list[Prompt | None] = [None] * self.batch
         self._left: dict[int, int] = {}  # of rows that do not decode yet: prompt tokens in the cache
+        # Where a token sees those behind it too, what it leaves in the cache depends on them.
+        causal = not self.sampler.in_place and config.prompt_block(1)[0] == 1
+        self.prefixes = Prefixes(prefix_blocks if causal else 0)
         self.steps = 0  # passes of the whole batch
         self.prefills = 0  # passes over prompts
 
@@ -111,7 +117,7 @@ class Engine:
         if needed > self.cache_length:
             self.cache_length = needed
             self._state = self._programs.grow(self._state, needed)
-        self._owner[row], self._left[row] = prompt, 0
+        self._owner[row], self._left[row] = prompt, self._reuse(row, prompt)
         return row
 
     def prefill(self, passes: int) -> None:
@@ -119,8 +125,12 @@ class Engine:
         for _ in range(passes):
             if not self._left:
                 break
-            self._state = self._programs.prefill(self._params, self._state, self._next_chunk())
+            waiting, chunk = list(self._left), self._next_chunk()
+            self._state = self._programs.prefill(self._params, self._state, chunk)
             self.prefills += 1
+            for row in waiting:
+                if row not in self._left:
+                    self._remember(row)
 
     def step(self, forwards: int = 1, unfinished: bool = False) -> list[Generation]:
         """At most so many passes over waiting prompts, then over all rows, these until a row is done.
@@ -189,6 +199,23 @@ class Engine:
             raise UserError(
                 f"Request {prompt.index} has {len(prompt.stop_ids)} stop_ids; at most {MAX_STOP_IDS - 1} are possible."
             )
+
+    def _reuse(self, row: int, prompt: Prompt) -> int:
+        """Puts kept beginnings of a prompt into its row; how many tokens they are. One token at least is left to be
+        forwarded: with it the row starts.
+        """
+        blocks = [] if prompt.positions else self.prefixes.find(prompt.tokens[: max(0, self._alone(prompt) - 1)])
+        for index, block in enumerate(blocks):
+            self._state = self._programs.put(self._state, np.int32(row), np.int32(index * BLOCK), block)
+        return len(blocks) * BLOCK
+
+    def _remember(self, row: int) -> None:
+        """Keeps the beginnings of a prompt that has just come into the cache."""
+        prompt = self._owner[row]
+        if prompt.positions:
+            return
+        for key, offset in self.prefixes.lacking(prompt.tokens[: self._alone(prompt)]):
+            self.prefixes.keep(key, self._programs.take(self._state, np.int32(row), np.int32(offset)))
 
     def _next_chunk(self) -> Chunk:
         """The next tokens of waiting prompts, on the host: the first in line decides the width, others that need no
