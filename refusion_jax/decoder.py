@@ -11,6 +11,8 @@ print(decoder.infill(["def add(a, b):\n", Hole(16), "\nprint(add(1, 2))"]).text)
 
 import argparse
 import dataclasses
+import json
+import pathlib
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -154,25 +156,43 @@ def run_config(checkpoint: str, step: int | None = None) -> dict | None:
 
 
 def held_out(checkpoint: str, step: int | None = None) -> list[Source]:
-    """The evaluation sources of the run that a checkpoint comes from: examples that it was not trained on.
+    """The evaluation sources of the run that a checkpoint comes from: examples that it was not trained on."""
+    return run_sources(checkpoint, "evaluation", step)
+
+
+def run_sources(checkpoint: str, part: str, step: int | None = None) -> list[Source]:
+    """The sources of the run that a checkpoint comes from whose answers can be checked; part: train or evaluation.
 
     Raises:
-      UserError: the checkpoint is not of a run with evaluation data that have prompts.
+      UserError: the checkpoint is not of a run with such data that have prompts.
     """
-    config = run_config(checkpoint, step)
+    config, kind = run_config(checkpoint, step), "held-out" if part == "evaluation" else "training"
     if config is None:
         raise UserError(
-            f"{checkpoint} is not a training run of this project, so it has no held-out examples; name a run's "
+            f"{checkpoint} is not a training run of this project, so it has no {kind} examples; name a run's "
             "--workdir, or give prompts."
         )
-    configs = [build(SourceConfig, source, "config.data.evaluation") for source in config["data"]["evaluation"]]
+    configs = [build(SourceConfig, source, f"config.data.{part}") for source in config["data"][part]]
     sources = [open_source(config) for config in configs if config.query_field and config.kind != "text"]
     if not sources:
         raise UserError(
-            f"The run {checkpoint} has no evaluation data with prompts (config.data.evaluation); train with some, or "
-            "give prompts."
+            f"The run {checkpoint} has no {part} data with prompts, so no answers that can be checked "
+            f"(config.data.{part}); train with some, or give prompts."
         )
     return sources
+
+
+def read_settings(path: pathlib.Path | None) -> dict[str, Any]:
+    """The object in a file of --settings."""
+    if path is None:
+        return {}
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"Cannot read --settings {path}: {error}. Give a file with one JSON object.") from None
+    if not isinstance(found, dict):
+        raise UserError(f"--settings {path} holds a {type(found).__name__}; it must be one JSON object.")
+    return found
 
 
 def parse_mesh(text: str) -> Mesh:

@@ -10,7 +10,6 @@ pods, or by hand) each decode their share; --out is then a folder that all of th
 
 import argparse
 import dataclasses
-import json
 import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -25,6 +24,7 @@ from refusion_jax.decoder import (
     add_model_arguments,
     add_sampler_arguments,
     decoder_of,
+    read_settings,
 )
 from refusion_jax.errors import UserError, run_main
 from refusion_jax.parallel import distributed
@@ -184,19 +184,6 @@ def files_of(words: Sequence[str]) -> dict[str, pathlib.Path]:
             )
         files[name] = pathlib.Path(path)
     return files
-
-
-def read_settings(path: pathlib.Path | None) -> dict[str, Any]:
-    """The object in --settings."""
-    if path is None:
-        return {}
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"Cannot read --settings {path}: {error}. Give a file with one JSON object.") from None
-    if not isinstance(found, dict):
-        raise UserError(f"--settings {path} holds a {type(found).__name__}; it must be one JSON object.")
-    return found
 
 
 if __name__ == "__main__":
