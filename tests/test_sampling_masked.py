@@ -55,6 +55,8 @@ def contents(answer):
         "dkv_dream/decode_un_right",
         "dkv_dream/prefill",
         "dkv_dream/pd",
+        "dllm_cache_dream",
+        "dllm_cache_llada",
     ],
 )
 def test_recorded_decodings_are_repeated(method, repository, reference, monkeypatch):
@@ -268,6 +270,7 @@ def test_decoding_equals_a_loop_that_forwards_the_whole_text():
         dict(cache="prefix", alignment="shift", schedule="linear_t"),
         dict(cache="dkv_decode", cache_steps=3),
         dict(cache="dkv_greedy", score="random", cache_steps=3),
+        dict(cache="dllm", gen_interval=3, prompt_interval=5),
         dict(select="independent", block_length=0, temperature=0.8, score="random"),
         dict(cfg_scale=0.7, score="margin"),
     ],
@@ -306,8 +309,8 @@ def test_rows_have_their_own_settings():
     while engine.busy:
         found |= {answer.index: answer for answer in engine.step(100)}
     for index, (config, limit) in enumerate(ours):
-        alone = dataclasses.replace(config, gen_length=limit, steps=config.steps * limit // 16)
         if limit % 8 == 0:
+            alone = dataclasses.replace(config, gen_length=limit, steps=config.steps * limit // 16)
             (answer,) = generate(PARAMS, MODEL, alone, [PROMPTS[index]], batch_size=1)
             assert contents(found[index]) == contents(answer)
         assert sorted(found[index].order) == list(range(limit))

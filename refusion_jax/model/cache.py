@@ -1,5 +1,7 @@
 """The static-shape key/value cache."""
 
+from typing import Any
+
 import chex
 import jax
 import jax.numpy as jnp
@@ -26,12 +28,14 @@ class KVCache:
       rows: None: the window has a row for each of the batch. Else [shard, row] int32: it is of these rows of each of so
         many equal parts of the batch (so that each device finds its own), and `length` is [shard * row]. Past its part:
         of none.
+      features: what else of every entry is kept, leaves [batch, cache_length, hidden]; None: nothing.
     """
 
     k: jax.Array | tuple[jax.Array, ...]
     v: jax.Array | tuple[jax.Array, ...]
     length: jax.Array
     rows: jax.Array | None = None
+    features: Any = None
 
     @classmethod
     def empty(cls, config: ModelConfig, batch: int, cache_length: int, dtype: str | None = None) -> "KVCache":

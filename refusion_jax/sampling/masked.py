@@ -22,6 +22,7 @@ from refusion_jax.errors import UserError
 from refusion_jax.model.config import ModelConfig
 from refusion_jax.sampling import masked_caches, masked_select
 from refusion_jax.sampling.config import Settings
+from refusion_jax.sampling.dllm_cache import Features, Refresh
 from refusion_jax.sampling.masked_select import KEEP_FLOOR, LINEAR_T, Question, Scores
 from refusion_jax.sampling.masked_settings import MaskedSettings
 from refusion_jax.sampling.state import Canvas, Request, first, select
@@ -53,7 +54,8 @@ class MaskedConfig(MaskedSettings):
             )
 
     def sampler(self, model: ModelConfig, batch: int, platform: str) -> "Masked":
-        narrow = {"none": (), "prefix": (self.length,), "dual": (self.block,)}
+        some = max(int(self.length * self.transfer_ratio), 1)
+        narrow = {"none": (), "prefix": (self.length,), "dual": (self.block,), "dllm": (some, self.length)}
         return Masked(
             model,
             length=self.length,
@@ -69,6 +71,7 @@ class MaskedConfig(MaskedSettings):
             cache=self.cache,
             cache_shift=self.cache_shift,
             widths=narrow.get(self.cache, (self.length + 1,)),
+            transfer=self.transfer_ratio > 0,
         )
 
 
@@ -113,6 +116,7 @@ class Window:
     at: jax.Array  # [M] where in the text the logits of each position are
     query: Question  # [M]
     scale: jax.Array  # of guidance
+    refresh: Refresh | None  # of dLLM-Cache
 
 
 @dataclasses.dataclass(frozen=True)
@@ -138,6 +142,7 @@ class Masked:
     cache: str
     cache_shift: str
     widths: tuple[int, ...]
+    transfer: bool
     in_place: ClassVar[bool] = True
     window: ClassVar[int] = 0  # entries behind the answer
     free: ClassVar[int] = 0
@@ -191,13 +196,30 @@ class Masked:
         at = rank[row.prompt_length + offsets - (self.alignment == "shift")]
         keys = jax.vmap(jax.random.fold_in, (None, 0))(self.key(row), offsets)
         unprompted = jnp.where(offset < 0, self.model.mask_token_id, text)[there] if self.guided else None
+        refresh = self.refresh(row) if self.cache == "dllm" else None
         return Window(
             text=Text(text[there], positions, unprompted),
-            used=jnp.sum(flags),
+            used=jnp.sum(flags) if refresh is None else jnp.maximum(refresh.tokens, 1),
             at=jnp.maximum(at, 0),  # what is not in the window is decided already
             query=Question.of(keys, row.settings, self.suppress),
             scale=row.settings.own["cfg_scale"],
+            refresh=refresh,
         )
+
+    def refresh(self, row: Row) -> Refresh:
+        """What goes through all layers in the row's next forward."""
+        own, forwards = row.settings.own, row.canvas.forwards
+        return Refresh(
+            prompt_length=row.prompt_length,
+            limit=row.settings.limit,
+            prompt=forwards % own["prompt_interval"] == 0,
+            answer=forwards % own["gen_interval"] == 0,
+            count=own["transfer"],
+        )
+
+    def features(self, batch: int, cache_length: int) -> Features | None:
+        """What a cache keeps besides keys and values."""
+        return Features.empty(self.model, batch, cache_length) if self.cache == "dllm" else None
 
     def key(self, row: Row) -> jax.Array:
         """Of the row's next forward."""
@@ -215,6 +237,9 @@ class Masked:
         canvas = row.canvas.commit(start + order, seen.draft[order], count, row.canvas.forwards - 1)
         if self.guided:
             canvas = canvas.replace(tokens_forwarded=canvas.tokens_forwarded + window.used * (window.scale > 0))
+        if window.refresh is not None:  # through the first layer all go
+            tokens = window.refresh.prompt_length + window.refresh.limit
+            canvas = canvas.replace(tokens_forwarded=canvas.tokens_forwarded + tokens - window.used)
         over = ~of_block(self.open(canvas, row.settings)).any()
         after = row.replace(
             done=self.finished(canvas, row.settings),

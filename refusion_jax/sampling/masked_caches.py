@@ -11,6 +11,7 @@ again, whose queries see all positions, fresh or stale; only F has logits. A cac
     dkv_pd        everything once; then as dkv_decode, but the prompt never again
     dkv_greedy    what the last and this forward decide and some open neighbours, in an order that is fixed in advance;
                   every `cache_steps`-th forward everything
+    dllm          every position, but not through every layer: dllm_cache.py
 
 With logits that are shifted, position j - 1 is needed as long as j is open. All functions are of one row.
 """
@@ -20,7 +21,7 @@ import jax.numpy as jnp
 
 PREFIX_CACHES = ("prefix", "dual")
 SHIFTED_CACHES = ("dkv_prefill", "dkv_pd")
-CACHES = ("none", *PREFIX_CACHES, "dkv_decode", *SHIFTED_CACHES, "dkv_greedy")
+CACHES = ("none", *PREFIX_CACHES, "dkv_decode", *SHIFTED_CACHES, "dkv_greedy", "dllm")
 
 
 def forwarded(sampler, row, offset: jax.Array) -> jax.Array:
@@ -31,7 +32,7 @@ def forwarded(sampler, row, offset: jax.Array) -> jax.Array:
       offset: [S] int32, positions counted from the end of the prompt.
     """
     every = offset < row.settings.limit
-    if sampler.cache == "none":
+    if sampler.cache in ("none", "dllm"):
         return every
     first, due = row.step == 0, row.step % row.settings.own["cache_steps"] == 0
     start = row.block * sampler.block_length

@@ -69,6 +69,11 @@ class MaskedSettings(SamplerConfig):
         choices=("un", "un_right"),
     )
     cache_window: int = setting(4, "of dkv_greedy: open neighbours of each token decided next", traced=True)
+    prompt_interval: int = setting(
+        100, "of dllm: every so many forwards the prompt goes through all layers again", traced=True
+    )
+    gen_interval: int = setting(7, "of dllm: the same of the answer", traced=True)
+    transfer_ratio: float = setting(0.25, "of dllm: part of the answer, that has changed most, in other forwards")
     stop: str = setting(
         "answer", "a row is done when its answer is, or with all gen_length tokens", choices=("answer", "length")
     )
@@ -82,9 +87,13 @@ class MaskedSettings(SamplerConfig):
         for name in ("factor", "gamma", "score_temperature", "position_temperature", "cfg_scale"):
             if not 0 <= getattr(self, name) <= math.inf:
                 raise UserError(f"{name} is {getattr(self, name)}; it must be at least 0.")
-        for name, least in dict(block_length=0, steps=0, cache_steps=1, cache_window=0).items():
+        for name, least in dict(
+            block_length=0, steps=0, cache_steps=1, cache_window=0, prompt_interval=1, gen_interval=1
+        ).items():
             if getattr(self, name) < least:
                 raise UserError(f"{name} is {getattr(self, name)}; it must be at least {least}.")
+        if not 0 <= self.transfer_ratio <= 1:
+            raise UserError(f"transfer_ratio is {self.transfer_ratio}; it is a part, from 0 to 1.")
         if self.block_length and self.gen_length % self.block_length:
             raise UserError(
                 f"block_length {self.block_length} does not divide gen_length {self.gen_length}; choose one that does, "
@@ -223,7 +232,8 @@ class MaskedSettings(SamplerConfig):
             counts[: len(of_block)] = of_block
         elif self.select == "threshold":
             counts[: self.steps or None] = limit // self.steps if self.steps else self.block
-        return found | {"steps": np.int32(self.steps_of_block), "counts": counts}
+        transfer = np.int32(int(limit * self.transfer_ratio))
+        return found | {"steps": np.int32(self.steps_of_block), "counts": counts, "transfer": transfer}
 
     @property
     def leads(self) -> bool:

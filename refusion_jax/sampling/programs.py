@@ -26,7 +26,7 @@ from refusion_jax.model.config import ModelConfig
 from refusion_jax.model.head import over_vocabulary
 from refusion_jax.model.qwen3 import Qwen3, unstacked
 from refusion_jax.parallel import sharding
-from refusion_jax.sampling import prefixes, reduction
+from refusion_jax.sampling import dllm_cache, reduction
 from refusion_jax.sampling.config import SamplerConfig, Settings
 from refusion_jax.sampling.state import Canvas, Request, State
 
@@ -88,7 +88,10 @@ def empty(sampler, settings: Settings, batch: int, cache_length: int) -> State:
     request = Request(jnp.int32(1), jnp.int32(0), jax.random.key(0), settings, prompt)
     row = sampler.start(request).replace(done=jnp.bool_(True))
     rows = jax.tree.map(lambda x: jnp.broadcast_to(x, (batch, *x.shape)), row)
-    return State(KVCache.empty(sampler.model, batch, cache_length), rows).placed()
+    cache = KVCache.empty(sampler.model, batch, cache_length)
+    if sampler.in_place:
+        cache = cache.replace(features=sampler.features(batch, cache_length))
+    return State(cache, rows).placed()
 
 
 def forward(sampler, params: dict, state: State) -> State:
@@ -130,7 +133,7 @@ def look(
     """The cache with the first `width` tokens of every window in it, and what the model says of them."""
     model, first = sampler.model, lambda x: x[:, :width]
     if sampler.in_place:
-        hidden, cache = look_in_place(sampler, params, jax.tree.map(first, window.text), window, cache)
+        hidden, cache = look_in_place(sampler, params, window, width, cache)
         query, padding = window.query, 0
     else:
         context = Cached.appended(cache, first(window.mask)[..., :width], model.attention)
@@ -146,18 +149,24 @@ def look(
     return cache, jax.tree.map(lambda x: jnp.pad(x, ((0, 0), (0, padding), *((0, 0),) * (x.ndim - 2))), seen)
 
 
-def look_in_place(sampler, params: dict, text: Any, window: Any, cache: KVCache) -> tuple[jax.Array, KVCache]:
+def look_in_place(sampler, params: dict, window: Any, width: int, cache: KVCache) -> tuple[jax.Array, KVCache]:
     """Hidden states [batch, asked for, hidden] of the tokens whose logits are asked for, and the cache.
 
     With guidance they are un + (scale + 1)(cond - un), un being those without the prompt: logits are linear in them.
     The two passes can share the cache, which both fill completely.
     """
 
+    asked_for = lambda x: jnp.take_along_axis(x, jnp.minimum(window.at, x.shape[1] - 1)[..., None], axis=1)
+    if window.refresh is not None:
+        how = window.refresh, sampler.transfer, sampler.length, width
+        hidden, cache = dllm_cache.forward(sampler.model, params, window.text, *how, cache)
+        return asked_for(hidden), cache
+    text = jax.tree.map(lambda x: x[:, :width], window.text)
+
     def forward(tokens: jax.Array, cache: KVCache):
         context = Cached.in_place(cache, text.positions, sampler.model.attention)
         hidden, context = Qwen3(sampler.model).apply({"params": params}, tokens, text.positions, context)
-        at = jnp.minimum(window.at, tokens.shape[1] - 1)
-        return jnp.take_along_axis(hidden, at[..., None], axis=1), context.cache
+        return asked_for(hidden), context.cache
 
     if not sampler.guided:
         return forward(text.tokens, cache)
@@ -218,11 +227,11 @@ def stop(state: State, row: jax.Array) -> State:
 def grow(sampler, state: State, cache_length: int) -> State:
     """The same with a longer cache."""
     longer = lambda x: jnp.pad(x, [(0, 0)] * (x.ndim - 2) + [(0, cache_length - x.shape[-2]), (0, 0)])
-    k, v = jax.tree.map(longer, (state.cache.k, state.cache.v))
+    k, v, features = jax.tree.map(longer, (state.cache.k, state.cache.v, state.cache.features))
     rows = state.rows
     if sampler.in_place:
         rows = rows.replace(prompt=jnp.pad(rows.prompt, ((0, 0), (0, cache_length - rows.prompt.shape[1]))))
-    return state.replace(cache=state.cache.replace(k=k, v=v), rows=rows).placed()
+    return state.replace(cache=state.cache.replace(k=k, v=v, features=features), rows=rows).placed()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -234,8 +243,6 @@ class Programs:
     prefill: sharding.OnMesh
     stop: sharding.OnMesh
     grow: sharding.OnMesh
-    take: sharding.OnMesh
-    put: sharding.OnMesh
 
 
 @functools.cache
@@ -248,8 +255,6 @@ def programs(sampler: Any, mesh: Mesh | None) -> Programs:
         prefill=on_mesh(functools.partial(prefill, sampler), donate_argnums=1),
         stop=on_mesh(stop, donate_argnums=0),
         grow=on_mesh(functools.partial(grow, sampler), static_argnums=1),
-        take=on_mesh(prefixes.take),
-        put=on_mesh(prefixes.put, donate_argnums=0),
     )
 
 

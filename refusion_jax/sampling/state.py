@@ -92,7 +92,8 @@ class State:
         by_entry = lambda x: nn.with_logical_constraint(x, entries if x.ndim == 4 else ("layers", *entries))
         by_row = lambda x: nn.with_logical_constraint(x, ("batch", *(None,) * (x.ndim - 1)))
         k, v = jax.tree.map(by_entry, (self.cache.k, self.cache.v))
-        return State(KVCache(k, v, by_row(self.cache.length)), jax.tree.map(by_row, self.rows))
+        features, rows = jax.tree.map(by_row, (self.cache.features, self.rows))
+        return State(KVCache(k, v, by_row(self.cache.length), features=features), rows)
 
 
 def select(condition: jax.Array, yes: Any, no: Any) -> Any:

@@ -1,0 +1,158 @@
+"""dLLM-Cache: what layers make of a token is kept, and only some tokens go through them again.
+
+Besides keys and values the outputs of attention and MLP are kept, of every layer and position; the residual stream is
+always summed anew from them. Layer 0 is computed in full. In the other layers these tokens go through again: the prompt
+in every `prompt_interval`-th forward, the answer in every `gen_interval`-th, and between these the `transfer_ratio` of
+the answer whose values differ most from the last forward's, by cosine, in each layer by itself. Values are never stale.
+"""
+
+from typing import Any
+
+import chex
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+from flax import struct
+
+from refusion_jax.model import layers, tables
+from refusion_jax.model.cache import KVCache
+from refusion_jax.model.cached_attention import Cached
+from refusion_jax.model.config import ModelConfig
+
+TINY = 1e-8  # least norm that a cosine divides by
+
+
+@struct.dataclass
+class Features:
+    """Outputs of attention and MLP: of each layer [batch, cache_length, hidden] in the compute dtype."""
+
+    attention: tuple[jax.Array, ...]
+    mlp: tuple[jax.Array, ...]
+
+    @classmethod
+    def empty(cls, model: ModelConfig, batch: int, cache_length: int) -> "Features":
+        of_layers = lambda: tuple(
+            jnp.zeros((batch, cache_length, model.hidden_size), model.dtype) for _ in range(model.num_layers)
+        )
+        return cls(of_layers(), of_layers())
+
+
+@struct.dataclass
+class Refresh:
+    """What a forward computes again besides layer 0; leaves are of one row, or [batch].
+
+    Attributes:
+      prompt_length, limit: tokens of the prompt and of the answer.
+      prompt, answer: bool, all of it.
+      count: how many of the answer's, where not all.
+    """
+
+    prompt_length: jax.Array
+    limit: jax.Array
+    prompt: jax.Array
+    answer: jax.Array
+    count: jax.Array
+
+    @property
+    def tokens(self) -> jax.Array:
+        """That go through all but the first layer again."""
+        return jnp.where(self.prompt, self.prompt_length, 0) + jnp.where(self.answer, self.limit, self.count)
+
+
+@struct.dataclass
+class _Values:
+    """An attention context that only says what the values are."""
+
+    values: jax.Array | None = None
+
+    def attend(self, q, k, v):
+        return jnp.zeros_like(q), _Values(v)
+
+
+def forward(
+    model: ModelConfig,
+    params: dict,
+    text: Any,
+    refresh: Refresh,
+    transfer: bool,
+    length: int,
+    width: int,
+    cache: KVCache,
+) -> tuple[jax.Array, KVCache]:
+    """Hidden states [batch, cache_length, hidden] of a whole text after the final norm, and the cache.
+
+    Args:
+      text: `tokens` and `positions` [batch, cache_length] of the whole text, in order; padding has positions past the
+        end.
+      transfer: whether any of the answer's tokens are computed again between refreshes.
+      length: tokens of the longest answer.
+      width: tokens that the layers behind the first take, at least `refresh.tokens`.
+    """
+    chex.assert_equal_shape([text.tokens, text.positions])
+    rows, size = text.tokens.shape
+    row, place = jnp.arange(rows)[:, None], jnp.arange(size)
+    offset = place - refresh.prompt_length[:, None]
+    in_prompt, in_answer = offset < 0, (offset >= 0) & (offset < refresh.limit[:, None])
+    answer_at = refresh.prompt_length[:, None] + jnp.arange(length)
+    answer_at = jnp.where(jnp.arange(length) < refresh.limit[:, None], answer_at, size)
+    norm = lambda p, x: layers.RMSNorm(model.rms_norm_eps).apply({"params": p}, x)
+    angles = lambda at: layers.rotary_angles(at, model.head_dim, model.rope_theta)
+    attention = layers.Attention(model)
+
+    attended, transformed = list(cache.features.attention), list(cache.features.mlp)
+    x = _embedded(model, params, text.tokens)
+    for layer in range(model.num_layers):
+        p = params[f"layer_{layer}"] if "layers" not in params else jax.tree.map(lambda x: x[layer], params["layers"])
+        y, at = norm(p["attention_norm"], x), text.positions
+        if layer:
+            again = (in_prompt & refresh.prompt[:, None]) | (in_answer & refresh.answer[:, None])
+            if transfer:
+                _, found = attention.apply(
+                    {"params": p["attention"]}, _take(y, answer_at), angles(answer_at), _Values()
+                )
+                similar = _cosine(found.values, _take_entries(cache.read(layer, 0, size)[1], answer_at))
+                similar = jnp.where(answer_at < size, similar, jnp.inf)
+                rank = jnp.argsort(jnp.argsort(similar, axis=1), axis=1)
+                chosen = ~refresh.answer[:, None] & (rank < refresh.count[:, None])
+                again = again.at[row, jnp.where(chosen, answer_at, size)].set(True, mode="drop")
+                stale = jnp.where(refresh.answer[:, None], size, answer_at)  # else all of them are forwarded
+                keys = _take_entries(cache.read(layer, 0, size)[0], answer_at)
+                cache = cache.write(layer, stale, *(jnp.swapaxes(x, 1, 2) for x in (keys, found.values)))
+            number = jnp.cumsum(again, axis=1) - 1
+            at = jnp.full((rows, width), size)
+            at = at.at[row, jnp.where(again, number, width)].set(jnp.broadcast_to(place, (rows, size)), mode="drop")
+        context = Cached.in_place(cache, at, model.attention).replace(layer=layer)
+        out, context = attention.apply({"params": p["attention"]}, _take(y, at), angles(at), context)
+        cache = context.cache
+        attended[layer] = attended[layer].at[row, at].set(out, mode="drop")
+        x = x + attended[layer]
+        out = layers.SwiGLU(model).apply({"params": p["mlp"]}, norm(p["mlp_norm"], _take(x, at)))
+        transformed[layer] = transformed[layer].at[row, at].set(out, mode="drop")
+        x = nn.with_logical_constraint(x + transformed[layer], ("batch", "length", "hidden"))
+    features = Features(tuple(attended), tuple(transformed))
+    return norm(params["final_norm"], x), cache.replace(features=features)
+
+
+def _embedded(model: ModelConfig, params: dict, tokens: jax.Array) -> jax.Array:
+    table = params["embed"]["embedding"]
+    if not model.quantise:
+        return tables.look_up(table, tokens, model.dtype)
+    return layers.scaled(table[tokens].astype(model.dtype), params["embed"]["embedding_scale"][tokens][..., None])
+
+
+def _take(x: jax.Array, at: jax.Array) -> jax.Array:
+    """[batch, n, hidden] of x [batch, size, hidden]; past its end: some."""
+    return jnp.take_along_axis(x, jnp.minimum(at, x.shape[1] - 1)[..., None], axis=1)
+
+
+def _take_entries(x: jax.Array, at: jax.Array) -> jax.Array:
+    """[batch, n, heads, head_dim] of entries x [batch, heads, size, head_dim]."""
+    at = jnp.minimum(at, x.shape[2] - 1)
+    return jnp.swapaxes(jnp.take_along_axis(x, at[:, None, :, None], axis=2), 1, 2)
+
+
+def _cosine(a: jax.Array, b: jax.Array) -> jax.Array:
+    """[batch, n] float32, of all heads [batch, n, heads, head_dim] together."""
+    a, b = (x.astype(jnp.float32).reshape(*x.shape[:2], -1) for x in (a, b))
+    norm = lambda x: jnp.maximum(jnp.linalg.norm(x, axis=-1), TINY)
+    return jnp.sum(a * b, axis=-1) / (norm(a) * norm(b))
