@@ -8,6 +8,8 @@ Both are products of probabilities that sum to 1 over the continuations of a len
 training asked for: ReFusion's model never learnt a slot's first token from the token before it (method section 2), so
 the plain left-to-right product would be about something else. One forward pass of every text is enough: the clean
 tokens, each seeing those before it, and one mask for each slot that sees the clean tokens before the slot.
+
+Other methods have a bound from below, an estimate from draws (objective/likelihood.py).
 """
 
 import dataclasses
@@ -27,6 +29,7 @@ from refusion_jax.model.attention import TwoStream
 from refusion_jax.model.config import ModelConfig
 from refusion_jax.model.head import over_vocabulary
 from refusion_jax.model.qwen3 import Qwen3
+from refusion_jax.objective import likelihood as bounds
 from refusion_jax.objective.common import cross_entropy
 from refusion_jax.parallel import sharding
 from refusion_jax.sampling import SamplerConfig
@@ -58,25 +61,31 @@ class Rows:
 
 
 def log_likelihoods(
-    decoder: Decoder, config: SamplerConfig, pairs: Sequence[Pair], batch_size: int = 8
+    decoder: Decoder, config: SamplerConfig, pairs: Sequence[Pair], batch_size: int = 8, samples: int = 128
 ) -> list[tuple[float, bool]]:
     """For each pair the log probability of the continuation, and whether every token of it is the most probable one.
+
+    Args:
+      samples: draws of a bound, rounded up to whole batches. With one, nobody knows what is most probable: False.
 
     Raises:
       UserError: the method of `config` has no likelihood, or a text is longer than the model's positions.
     """
-    if config.method not in EXACT:
+    bounded = isinstance(decoder.objective, bounds.Masked | bounds.Block | bounds.Sedd)
+    if config.method not in EXACT and not bounded:
         raise UserError(
             f"The method {config.method} gives no probability of a text, which this task asks for. Use one of "
             f"{', '.join(EXACT)} where the model can be decoded so, or a task whose answers are generated."
         )
-    slot = getattr(config, "slot_size", 0)
     for index, (context, continuation) in enumerate(pairs):
         if len(context) + len(continuation) > decoder.model.max_position_embeddings:
             raise UserError(
                 f"Text {index} has {len(context) + len(continuation)} tokens, more than the model's "
                 f"{decoder.model.max_position_embeddings} positions; shorten it."
             )
+    if config.method not in EXACT:
+        return _bounds(decoder, pairs, batch_size, samples)
+    slot = getattr(config, "slot_size", 0)
     shards = decoder.mesh.shape["data"] * decoder.mesh.shape["fsdp"]
     batch_size = -(-batch_size // shards) * shards
     order = sorted(range(len(pairs)), key=lambda i: len(pairs[i][0]) + len(pairs[i][1]))
@@ -89,6 +98,22 @@ def log_likelihoods(
         for row, i in enumerate(chosen):
             results[i] = float(sums[row]), bool(greedy[row])
     return results
+
+
+def _bounds(decoder: Decoder, pairs: Sequence[Pair], batch_size: int, samples: int) -> list[tuple[float, bool]]:
+    model = dataclasses.replace(decoder.model, remat="none", scan_layers=scans(decoder.mesh))
+    prompts, answers = [context for context, _ in pairs], [continuation for _, continuation in pairs]
+    found = bounds.log_likelihood(
+        decoder.objective,
+        model,
+        decoder.params,
+        prompts,
+        answers,
+        jax.random.key(0),
+        samples=-(-samples // batch_size) * batch_size,
+        batch_size=batch_size,
+    )
+    return [(float(value), False) for value in found]
 
 
 def _rows(pairs: Sequence[Pair], batch: int, slot: int, mask_id: int | None) -> Rows:

@@ -62,7 +62,7 @@ jax.monitoring.register_event_duration_secs_listener(Compiling.listen)
 
 @dataclasses.dataclass(frozen=True)
 class Request:
-    """A document's question: ids of its prompt, and how its answer is to be written."""
+    """A document's question: ids of its prompt, and how its answer is to be written (`limit` 0: as long as may be)."""
 
     key: str
     tokens: Sequence[int]
@@ -161,13 +161,13 @@ class DecoderLM(LM):
         if settings.get("do_sample") and settings.get("temperature", 1.0) > 0:
             own = {name: settings[name] for name in ("top_k", "top_p") if settings.get(name)}
             config = dataclasses.replace(config, temperature=float(settings.get("temperature", 1.0)), **own)
-        until = settings.get("until") or []
+        until, most = settings.get("until") or [], int(settings.get("max_gen_toks") or 0)
         return Request(
             key=key,
             tokens=self.encode(context),
             config=config,
             index=index + (repeat << REPEAT_BITS),
-            limit=min(int(settings.get("max_gen_toks") or config.length), config.length),
+            limit=most if 0 < most < config.length else 0,
             until=(until,) if isinstance(until, str) else tuple(filter(None, until)),
         )
 
