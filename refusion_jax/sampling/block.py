@@ -133,11 +133,10 @@ class BlockConfig(SamplerConfig):
         """
         steps, counts = self.steps or self.block_size, np.zeros((2, self.block_size), np.int32)
         if self.reveal in COUNTED:
-            sizes = (self.block_size, self.gen_length % self.block_size or self.block_size)
-            for row, size in zip(counts, sizes, strict=True):
-                of_block = linear_t(size, steps) if self.schedule == "linear_t" else None
-                if of_block is None:
-                    of_block = masked_select.counts("even", self.block_size, steps, 0)
+            last = min(limit, self.gen_length) % self.block_size or self.block_size
+            for row, size in zip(counts, (self.block_size, last), strict=True):
+                linear = self.schedule == "linear_t"
+                of_block = linear_t(size, steps) if linear else masked_select.counts("even", self.block_size, steps, 0)
                 row[: len(of_block)] = of_block
         return super().traced(limit) | {"steps": np.int32(steps), "counts": counts}
 
