@@ -49,6 +49,7 @@ def contents(answer):
         "fastdllm_dream/dual",
         "diffullama/topk",
         "mdlm",
+        "sedd/euler",
         "dkv_llada/decode",
         "dkv_llada/greedy",
         "dkv_dream/decode",
@@ -182,6 +183,23 @@ def test_independent_times_follow_their_probabilities():
         assert abs(number - left * p) <= 5 * np.sqrt(left * p * (1 - p)) + 1e-6
         left -= number
     assert left == 0
+
+
+def test_true_scores_unmask_each_token_at_any_time():
+    """SEDD's update with a mass of 1 is independent of the model; a larger mass unmasks earlier; behind the steps
+    nothing stays.
+    """
+    steps, eps, count = 4, 0.1, 20_000
+    left, before, keys = np.ones(count, bool), count, jax.random.split(jax.random.key(0), steps + 1)
+    seen = types.SimpleNamespace(mass=jnp.ones(count))
+    for step in range(steps):
+        left &= ~np.asarray(masked_select.by_mass(keys[step], seen, step, steps, eps))
+        t, s = 1 - step * 0.9 / 4, 1 - (step + 1) * 0.9 / 4
+        assert abs(left.sum() - before * s / t) < 5 * np.sqrt(before * s / t * (1 - s / t))
+        before = left.sum()
+    assert before > 0 and masked_select.by_mass(keys[steps], seen, steps, steps, eps).all()
+    seen.mass *= 2
+    assert abs(np.mean(masked_select.by_mass(keys[0], seen, 0, steps, eps)) - 0.45) < 0.02
 
 
 def test_scores_are_of_the_distribution_that_is_asked_for():

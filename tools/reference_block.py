@@ -153,7 +153,7 @@ class Question:
         q = jnp.where(is_mask, self.stays[..., None], p * (1 - self.stays[..., None]))
         drafts = jnp.argmax(q / (1e-10 - jnp.log(self.noise + 1e-10)), axis=-1)
         nothing = jnp.zeros_like(self.top_p)
-        return Scores(drafts, nothing, nothing, nothing, nothing)
+        return Scores(drafts, *[nothing] * 5)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -62,7 +62,7 @@ def case(number: int, record: dict[str, Any], vocabulary: int, speculate: str = 
         "forwards": record["forwards"],
         "tokens_forwarded": sum(forwarded) if isinstance(forwarded, list) else forwarded,
     }
-    if record["method"] == "mdlm":
+    if record["method"] in ("mdlm", "sedd"):
         return Case(number, prompt, reference_mdlm.settings(record, vocabulary), wanted, limit=params["gen_length"])
     settings = masked_settings(record)
     limit = settings["gen_length"]

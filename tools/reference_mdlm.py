@@ -1,5 +1,5 @@
-"""MDLM's sampling with recorded draws: those of `numpy.random.RandomState(seed)`, of every step one number for each
-token of the text and each id.
+"""MDLM's and SEDD's sampling with recorded draws: those of `numpy.random.RandomState(seed)`, of every step one number
+for each token of the text and each id.
 """
 
 import dataclasses
@@ -24,7 +24,8 @@ def settings(record: dict[str, Any], vocabulary: int) -> MaskedConfig:
     """Of a recorded line; its answer's length is a request's limit."""
     params = record["params"]
     names = {name: params[name] for name in ("seed", "eps")}
-    return RecordedConfig(gen_length=ROOM, block_length=ROOM, steps=params["num_steps"], vocabulary=vocabulary, **names)
+    config = RecordedConfig if params["sampler"] == "ddpm_cache" else RecordedScoresConfig
+    return config(gen_length=ROOM, block_length=ROOM, steps=params["num_steps"], vocabulary=vocabulary, **names)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,7 +93,7 @@ class Question:
         drafts = jnp.argmax(q / (1e-10 - jnp.log(self.noise + 1e-10)), axis=-1)
         nothing = jnp.zeros(len(logits))
         drafts = jnp.where(self.last[:, None], jnp.argmax(p, axis=-1)[:, None], drafts)
-        return Scores(drafts, nothing, nothing, nothing, nothing)
+        return Scores(drafts, *[nothing] * 5)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -126,4 +127,75 @@ class Recorded(Masked):
         order = jnp.argsort(~drafted[:, at], stable=True)
         canvas = row.canvas.commit(place[order], seen.draft[order, at], drafted[:, at].sum(), row.canvas.forwards - 1)
         after = row.replace(canvas=canvas, done=last, step=jnp.where(changes.any() & ~last, at + 1, steps))
+        return select(row.done, row, after), jnp.int32(0)
+
+
+@dataclasses.dataclass(frozen=True)
+class RecordedScoresConfig(RecordedConfig):
+    """SEDD's sampling: a forward for every step, and a last one, whose draws leave out the mask, the last id."""
+
+    method: ClassVar[str] = "scores with recorded draws"
+
+    select: str = setting("scores", "")
+
+    def own(self, prompt: Any) -> dict[str, np.ndarray]:
+        """`noise` [STEPS + 1, ROOM, vocabulary] of the answer's tokens."""
+        start, length = len(prompt.tokens), len(prompt.tokens) + prompt.limit
+        random, steps = np.random.RandomState(prompt.config.seed), prompt.config.steps
+        noise = np.ones((STEPS + 1, ROOM, self.vocabulary), np.float32)
+        for step in range(steps + 1):
+            ids = self.vocabulary - (step == steps)
+            noise[step, : prompt.limit, :ids] = random.randint(0, 2**24, (length, ids))[start:] / 2**24
+        return {"noise": noise}
+
+    def sampler(self, model: ModelConfig, batch: int, platform: str) -> "RecordedScores":
+        plain = super().sampler(model, batch, platform)
+        return RecordedScores(**{field.name: getattr(plain, field.name) for field in dataclasses.fields(plain)})
+
+
+@struct.dataclass
+class ScoresQuestion:
+    """What the draws of a step make of the logits; leaves are [M, ...].
+
+    Attributes:
+      noise: [M, vocab].
+      share: [M], 1 - s / t for the step from t to s.
+      last: [M] bool, all steps are over: no mask is to be left.
+    """
+
+    noise: jax.Array
+    share: jax.Array
+    last: jax.Array
+
+    def answer(self, model: ModelConfig, logits: jax.Array, sampled: bool) -> Scores:
+        """Drafts [tokens], of which a mask is none."""
+        is_mask = jnp.arange(logits.shape[-1]) == model.mask_token_id
+        q = jnp.where(is_mask, 0.0, self.share[:, None] * jnp.exp(logits) / (model.logical_vocab_size - 1))
+        stays = jnp.where(self.last, -1.0, 1 - q.sum(axis=-1))[:, None]
+        drafts = jnp.argmax(jnp.where(is_mask, stays, q) / (1e-10 - jnp.log(self.noise + 1e-10)), axis=-1)
+        return Scores(drafts, *[jnp.zeros(len(logits))] * 5)
+
+
+@dataclasses.dataclass(frozen=True)
+class RecordedScores(Recorded):
+    """SEDD's update with recorded draws; every step takes a forward."""
+
+    def start(self, request: Request) -> Row:
+        noise = request.own.get("noise", jnp.zeros((STEPS + 1, ROOM, self.vocabulary)))
+        return super().start(request).replace(noise=noise)
+
+    def ask(self, row: Row, room: jax.Array) -> masked.Window:
+        own = row.settings.own
+        step = (1 - own["eps"]) / own["steps"]
+        last = row.step == own["steps"]
+        share = jnp.where(last, 1.0, step / (1 - row.step * step))
+        spread = lambda x: jnp.broadcast_to(x, (ROOM,))
+        question = ScoresQuestion(row.noise[row.step], spread(share), spread(last))
+        return Masked.ask(self, row, room).replace(query=question)
+
+    def advance(self, row: Row, window: masked.Window, seen: Scores) -> tuple[Row, jax.Array]:
+        drafted = self.open(row.canvas, row.settings) & (seen.draft != self.model.mask_token_id)
+        order = jnp.argsort(~drafted, stable=True)
+        canvas = row.canvas.commit(order, seen.draft[order], drafted.sum(), row.canvas.forwards - 1)
+        after = row.replace(canvas=canvas, done=row.step == row.settings.own["steps"], step=row.step + 1)
         return select(row.done, row, after), jnp.int32(0)

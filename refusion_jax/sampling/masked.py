@@ -285,6 +285,9 @@ class Masked:
             # Forwards that would decide nothing are left out: the next would see the same.
             plan = self.planned(row)
             chosen = among & (plan == jnp.where(among, plan, jnp.iinfo(jnp.int32).max).min())
+        elif self.selection == "scores":
+            key = jax.random.fold_in(self.key(row), self.length)
+            chosen = among & masked_select.by_mass(key, seen, row.step, own["steps"], own["eps"])
         elif row.plan is not None:
             rank = self.planned(row)
             begin, end, _ = self.bounds(row)

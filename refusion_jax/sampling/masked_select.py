@@ -26,6 +26,7 @@ class Scores:
     margin: jax.Array  # of the most probable id's probability over the second's
     entropy: jax.Array  # nats
     doubt: jax.Array  # 1 - confidence, exact also where confidence rounds to 1
+    mass: jax.Array  # mean of exp(logit) over the ids without the mask: 1 where logits are SEDD's true scores
 
 
 @struct.dataclass
@@ -90,7 +91,8 @@ class Question:
         drafted = ids == draft[:, None]
         of_draft = jnp.where(drafted, scored, -jnp.inf).max(axis=-1)
         doubt = jnp.sum(jnp.where(drafted, 0.0, jnp.exp(scored - total[:, None])), axis=-1)
-        return Scores(draft, jnp.exp(of_draft - total), margin, entropy, doubt)
+        mass = jnp.exp(jax.nn.logsumexp(allowed, axis=-1)) / (model.logical_vocab_size - 1)
+        return Scores(draft, jnp.exp(of_draft - total), margin, entropy, doubt, mass)
 
     def drawn(self, logits: jax.Array) -> jax.Array:
         """What drafts are drawn from. As in Dream: the fewest ids that reach top-p, then the k best of these."""
@@ -159,6 +161,14 @@ def times_of(key: jax.Array, steps: jax.Array, eps: jax.Array, tokens: int) -> j
     u = jax.random.uniform(key, (tokens,))
     step = jnp.floor((1 - u) / (1 - eps) * steps).astype(jnp.int32)
     return jnp.clip(step, 0, steps - 1)
+
+
+def by_mass(key: jax.Array, seen: Scores, step: jax.Array, steps: jax.Array, eps: jax.Array) -> jax.Array:
+    """[M] bool: what SEDD's update from t to s unmasks while time falls from 1 to eps in equal steps, with probability
+    (1 - s / t) * mass; behind the steps, all that is left.
+    """
+    share = (1 - eps) / steps / (1 - step * (1 - eps) / steps)
+    return (jax.random.uniform(key, seen.mass.shape) < share * seen.mass) | (step >= steps)
 
 
 def random_score(key: jax.Array, score: Any, temperature: jax.Array) -> jax.Array:

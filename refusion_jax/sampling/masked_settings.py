@@ -25,8 +25,8 @@ class MaskedSettings(SamplerConfig):
     select: str = setting(
         "topk",
         "what a forward decides: as many as the schedule says, all that are sure enough, or each token by itself at a "
-        "random time",
-        choices=("topk", "threshold", "factor", "entropy_bound", "independent"),
+        "random time: all alike, or (scores) as SEDD's ratios of probabilities say",
+        choices=("topk", "threshold", "factor", "entropy_bound", "independent", "scores"),
     )
     schedule: str = setting("even", "of topk: how many each forward decides", choices=SCHEDULES)
     steps: int = setting(
@@ -35,7 +35,7 @@ class MaskedSettings(SamplerConfig):
         "decides more than its share and what was refused before, 0: any number",
         traced=True,
     )
-    eps: float = setting(1e-3, "time at the last step of linear_t and independent", traced=True)
+    eps: float = setting(1e-3, "time at the last step of linear_t, independent and scores", traced=True)
     score: str = setting(
         "confidence",
         "which are decided first; given: as --order says",
@@ -105,7 +105,7 @@ class MaskedSettings(SamplerConfig):
 
     def _impossible(self) -> list[tuple[bool, str]]:
         steps, cached = f"steps is {self.steps}", f"cache = {self.cache!r}"
-        scheduled = self.select in ("topk", "independent")
+        scheduled = self.select in ("topk", "independent", "scores")
         in_blocks = self.cache in masked_caches.PREFIX_CACHES
         dkv = self.cache.startswith("dkv")
         return [
@@ -158,8 +158,8 @@ class MaskedSettings(SamplerConfig):
                 "of their own. Use cache = 'none', or cfg_scale 0.",
             ),
             (
-                self.select == "independent" and self.cache != "none",
-                f"{cached} with select = 'independent' is not defined; use cache = 'none'.",
+                self.select in ("independent", "scores") and self.cache != "none",
+                f"{cached} with select = {self.select!r} is not defined; use cache = 'none'.",
             ),
             (
                 in_blocks

@@ -25,6 +25,7 @@ SUITED = {
     "autoregressive": ("autoregressive", "speculative", "plan_and_infill"),
     "block": ("block",),
     "masked": ("masked",),
+    "sedd": ("masked",),
 }
 
 
