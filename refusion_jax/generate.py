@@ -17,6 +17,7 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import jax
 from absl import logging
 
 from refusion_jax import compilation, display, infilling
@@ -31,6 +32,7 @@ from refusion_jax.decoder import (
     settings_of,
 )
 from refusion_jax.errors import UserError, run_main
+from refusion_jax.parallel import distributed
 from refusion_jax.progress import Progress
 from refusion_jax.sampling import SamplerConfig
 from refusion_jax.sampling.config import check_prompts
@@ -58,14 +60,18 @@ def main(argv: Sequence[str] | None = None) -> None:
     compilation.keep_programs()
     logging.set_verbosity(logging.ERROR)  # Orbax warns that `params` alone is no whole checkpoint
 
+    if arguments.prompts:
+        distributed.initialize()
+        with distributed.together():
+            decoder = decoder_of(arguments)
+            answer_file(decoder, config_of(arguments, decoder), arguments)
+        return
     decoder = decoder_of(arguments)
     if arguments.infill:
         fill_file(decoder, arguments)
         return
     config = config_of(arguments, decoder)
-    if arguments.prompts:
-        answer_file(decoder, config, arguments)
-    elif arguments.interactive:
+    if arguments.interactive:
         answer_interactively(decoder, config, arguments)
     else:
         answer_prompts(decoder, config, arguments)
@@ -210,28 +216,36 @@ def answer_interactively(decoder: Decoder, config: SamplerConfig, arguments: arg
 
 
 def answer_file(decoder: Decoder, config: SamplerConfig, arguments: argparse.Namespace) -> None:
-    """Answers every line of --prompts; lines of --out are in the same order and written as soon as that allows."""
+    """Answers every line of --prompts; lines of --out are in the same order and written as soon as that allows.
+
+    Several processes take the lines in turn. Each writes a file of its own, and when all are done the first one puts
+    these together.
+    """
     records, prompts = read_prompts(decoder, config, arguments.prompts, arguments.skip_bad)
+    index, count = jax.process_index(), jax.process_count()
     done = finished_lines(arguments.out, prompts, arguments.resume)
-    if done:
-        print(f"{done} of {len(prompts)} answers are in {arguments.out} already", file=sys.stderr)
-    progress, tally = Progress("answer", len(prompts) - done), display.Tally()
-    waiting: dict[int, str] = {}
-    written = done
+    share = range(done, len(prompts))[index::count]
+    own = distributed.part_of(arguments.out)
+    kept = finished_lines(own, [prompts[i] for i in share], arguments.resume) if count > 1 else 0
+    if done or kept:
+        print(f"{done + kept} of {len(prompts)} answers are in {own} already", file=sys.stderr)
+    progress = Progress("answer", len(share) - kept, enabled=index == 0)
+    tally, waiting = display.Tally(), {}
     try:
-        with arguments.out.open("a", encoding="utf-8") as out:
-            options = dict(batch_size=arguments.batch_size, seed=arguments.seed, start=done, every=32)
-            for answer in decoder.stream(prompts, config, **options):
-                rates = tally.add(answer.generation)
-                progress.show(tally.done, rates)
+        with own.open("a", encoding="utf-8") as out:
+            left = share[kept:]
+            options = dict(batch_size=arguments.batch_size, seed=arguments.seed, start=left.start, stride=count)
+            for answer in decoder.stream(prompts, config, every=32, **options):
+                progress.show(tally.done, tally.add(answer.generation))
                 if not answer.generation.finished:
                     continue
-                index = answer.generation.index
-                waiting[index] = json.dumps({**records[index], **as_record(answer)}, ensure_ascii=False)
-                while written in waiting:
-                    out.write(waiting.pop(written) + "\n")
+                at = answer.generation.index
+                waiting[at] = json.dumps({**records[at], **as_record(answer)}, ensure_ascii=False)
+                while left and left[0] in waiting:
+                    out.write(waiting.pop(left[0]) + "\n")
                     out.flush()
-                    written += 1
+                    left = left[1:]
+        distributed.join_parts(arguments.out)
     except OSError as error:
         raise UserError(
             f"Cannot write {arguments.out}: {error.strerror or error}. Make room or choose another --out; --resume "

@@ -39,7 +39,7 @@ MODEL = dict(
     head_dim=16,
     tie_embeddings=True,
 )
-CONFIGS = ["tiny", "small", "0p6b", "1p7b", "4b", "8b", "14b", "32b"]
+CONFIGS = ["tiny", "small", "compare", "0p6b", "1p7b", "4b", "8b", "14b", "32b"]
 PUBLISHED = {"0p6b": 0.596e9, "1p7b": 1.72e9, "4b": 4.02e9, "8b": 8.19e9, "14b": 14.77e9, "32b": 32.76e9}
 
 

@@ -351,19 +351,39 @@ def test_settings_come_from_flags_then_file_then_authors(decoder, tmp_path):
 # --- Several processes.
 
 
-def test_two_processes_give_what_one_does(checkpoint, tmp_path):
+def in_processes(count, folder, command) -> list[str]:
+    """What each of so many processes printed."""
     from processes import finish
     from processes import start as start_processes
 
+    folder.mkdir()
+    codes, texts = finish(start_processes(command, folder=folder, processes=count, devices=1), folder)
+    assert codes == [0] * count, texts
+    return texts
+
+
+def test_two_processes_give_what_one_does(checkpoint, decoder, tmp_path):
     command = ["-m", "refusion_jax.evaluate", "--checkpoint", checkpoint, "--tasks", "held_out", *FLAGS]
-    for count in (1, 2):
-        out, logs = tmp_path / f"out{count}", tmp_path / f"logs{count}"
-        logs.mkdir()
-        started = start_processes([*command, "--out", out], folder=logs, processes=count, devices=1)
-        codes, texts = finish(started, logs)
-        assert codes == [0] * count, texts
-    one, two = (next((tmp_path / f"out{count}" / "samples").iterdir()).read_bytes() for count in (1, 2))
-    assert one == two
-    shares = [len(path.read_text().splitlines()) for path in sorted((tmp_path / "out2" / "answers").glob("*.jsonl"))]
+    texts = in_processes(2, tmp_path / "logs", [*command, "--out", tmp_path / "out"])
+    [path] = (tmp_path / "out" / "samples").iterdir()
+    expected = [answer.text for answer in decoder.generate(QUERIES, batch_size=2, **SETTINGS)]
+    assert [sample["text"] for sample in lines_of(path)] == expected
+    shares = [len(path.read_text().splitlines()) for path in sorted((tmp_path / "out" / "answers").glob("*.jsonl"))]
     assert shares == [6, 6]
     assert "accuracy" in texts[0] and "accuracy" not in texts[1]
+
+
+def test_two_processes_answer_a_file_in_its_order(checkpoint, decoder, tmp_path):
+    """With one part finished by half, as a kill leaves it: no answer is decoded twice, none is lost."""
+    out, prompts = tmp_path / "out.jsonl", tmp_path / "prompts.jsonl"
+    prompts.write_text("".join(json.dumps({"prompt": query}) + "\n" for query in QUERIES[:7]))
+    kept = [{"prompt": QUERIES[i], "text": f"kept {i}"} for i in (1, 3)]
+    out.with_name("out.jsonl.1-of-2").write_text("".join(json.dumps(line) + "\n" for line in kept))
+    command = ["-m", "refusion_jax.generate", "--checkpoint", checkpoint, "--temperature", "1", *FLAGS]
+    in_processes(2, tmp_path / "logs", [*command, "--prompts", prompts, "--out", out, "--resume"])
+    found = lines_of(out)
+    assert [line["prompt"] for line in found] == QUERIES[:7]
+    expected = [answer.text for answer in decoder.generate(QUERIES[:7], batch_size=2, temperature=1.0, **SETTINGS)]
+    expected[1], expected[3] = "kept 1", "kept 3"
+    assert [line["text"] for line in found] == expected
+    assert sorted(path.name for path in tmp_path.glob("out.jsonl*")) == ["out.jsonl"]

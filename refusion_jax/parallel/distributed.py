@@ -14,6 +14,7 @@ Starting the job again resumes it.
 
 import contextlib
 import importlib.util
+import itertools
 import json
 import os
 import pathlib
@@ -125,6 +126,31 @@ def check_same_config(
                     f"the processes disagree on the {what}: {field} is {ours} on process 0 but {theirs} on process "
                     f"{index}. {remedy}."
                 )
+
+
+def part_of(path: pathlib.Path) -> pathlib.Path:
+    """Where this process writes its lines of a file that all write; with one process the file itself."""
+    index, count = jax.process_index(), jax.process_count()
+    return path if count == 1 else path.with_name(f"{path.name}.{index}-of-{count}")
+
+
+def join_parts(path: pathlib.Path) -> None:
+    """Appends the lines of all processes to a file, a line of each in turn, on the first process, when all are there.
+
+    With one process there is nothing to do.
+    """
+    count = jax.process_count()
+    if count == 1:
+        return
+    multihost_utils.sync_global_devices(f"parts of {path}")
+    if jax.process_index() == 0:
+        parts = [path.with_name(f"{path.name}.{index}-of-{count}") for index in range(count)]
+        lines = [part.read_text(encoding="utf-8").split("\n")[:-1] for part in parts]
+        with path.open("a", encoding="utf-8") as file:
+            for turn in itertools.zip_longest(*lines):
+                file.writelines(f"{line}\n" for line in turn if line is not None)
+        for part in parts:
+            part.unlink()
 
 
 class StopSignal:

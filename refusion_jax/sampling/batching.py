@@ -33,6 +33,7 @@ def stream(
     batch_size: int = 8,
     seed: int = 0,
     start: int = 0,
+    stride: int = 1,
     every: int = 0,
     max_prompt_length: int = 0,
     mesh: Mesh | None = None,
@@ -47,7 +48,8 @@ def stream(
       params: parameters of the model.
       prompts: ids of each prompt.
       batch_size: rows of the batch; a power of two that is enough when there are fewer prompts.
-      start: index of the first prompt to decode; the answers are those of a call that decodes all.
+      start, stride: index of the first prompt to decode, and distance to the next one; the answers are those of a call
+        that decodes all.
       every: also yield what there is of every unfinished answer after every so many forwards; 0: never.
       max_prompt_length: make room for prompts of this length; 0: the longest given. Setting it keeps one compiled
         program over several calls.
@@ -67,13 +69,14 @@ def stream(
             f"cache has room for beside the answer (max_prompt_length {max_prompt_length}); shorten it or raise "
             "max_prompt_length."
         )
-    if start >= len(prompts):
+    chosen = range(start, len(prompts), stride)
+    if not chosen:
         return
-    batch = min(batch_size, 1 << (len(prompts) - start - 1).bit_length())
+    batch = min(batch_size, 1 << (len(chosen) - 1).bit_length())
     engine = Engine(params, model, config, batch, max_prompt_length=max_prompt_length or longest, mesh=mesh)
     report = report if report is not None else Report()
     report.batch, report.window, report.cache_length = engine.batch, engine.sampler.window, engine.cache_length
-    for answer in serve(engine, (Prompt(prompts[i], config, i, seed) for i in range(start, len(prompts))), every):
+    for answer in serve(engine, (Prompt(prompts[i], config, i, seed) for i in chosen), every):
         report.steps, report.prefills = engine.steps, engine.prefills
         yield answer
 
