@@ -24,6 +24,8 @@ from refusion_jax.evaluation.model import DecoderLM  # noqa: E402
 from refusion_jax.model.attention import Packed  # noqa: E402
 from refusion_jax.model.config import ModelConfig  # noqa: E402
 from refusion_jax.model.qwen3 import Qwen3, init_params  # noqa: E402
+from refusion_jax.objective import likelihood as bounds  # noqa: E402
+from refusion_jax.objective.masked import Masked  # noqa: E402
 from refusion_jax.parallel import sharding  # noqa: E402
 from refusion_jax.sampling.methods import sampler_config  # noqa: E402
 from refusion_jax.sampling.programs import decode_params  # noqa: E402
@@ -157,6 +159,18 @@ def test_model_object_works_in_the_stock_harness(reference):
         for sample in found:
             values = [value[0][0] for value in sample["resps"]]
             assert sample["acc"] == float(np.argmax(values) == 0) and values[0] != values[1]
+
+
+def test_masked_models_have_the_bound_of_their_objective(tiny):
+    decoder = dataclasses.replace(tiny, objective=Masked())
+    pairs = [([1, 2], [2, 1, 0, 1]), ([2], [0])]
+    found = log_likelihoods(decoder, sampler_config("masked", gen_length=4), pairs, batch_size=4, samples=6)
+    model = dataclasses.replace(decoder.model, scan_layers=False)
+    prompts, answers = zip(*pairs)
+    options = dict(samples=8, batch_size=4)  # whole batches
+    expected = bounds.log_likelihood(Masked(), model, decoder.params, prompts, answers, jax.random.key(0), **options)
+    assert [value for value, _ in found] == pytest.approx(expected.tolist(), rel=1e-6)
+    assert not any(greedy for _, greedy in found) and expected[0] < -1
 
 
 def test_methods_without_a_likelihood_and_texts_too_long_are_refused(tiny):
