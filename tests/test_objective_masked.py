@@ -2,11 +2,13 @@
 
 import dataclasses
 import functools
+import json
 import sys
 
 import chex
 import jax
 import jax.numpy as jnp
+import micro
 import numpy as np
 import pytest
 import test_step
@@ -256,6 +258,25 @@ def test_frequent_tokens_are_masked_later_than_rare_ones(counts):
     t, u = (np.asarray(x) for x in (half.t, half.u))
     other = objective.inputs(alone, MODEL, Draws(jnp.asarray(t), jnp.asarray(u)))
     np.testing.assert_array_equal(other.tokens[:, :20], inputs.tokens[:, :20])
+
+
+def test_ids_of_the_training_data_are_counted(tmp_path, repository, monkeypatch):
+    """Every token of the texts once, with the ids around them; what is held out is not counted."""
+    monkeypatch.syspath_prepend(repository / "tools")
+    import count_tokens
+
+    micro.write_examples(tmp_path / "data.json")
+    config = f"{repository}/tests/micro.py:data={tmp_path}/data.json"
+    out = tmp_path / "counts.npy"
+    override = f"--config.data.train={[{'kind': 'json', 'path': str(tmp_path / 'data.json')}]}"
+    monkeypatch.setattr(sys, "argv", ["count_tokens", "--config", config, override, "--out", str(out)])
+    count_tokens.main()
+    counts = np.load(out)
+    texts = "".join(x["query"] + x["response"] for x in json.loads((tmp_path / "data.json").read_text()))
+    assert counts.shape == (262,)
+    for digit in "0123456789":
+        assert counts[ord(digit)] == texts.count(digit) > 0
+    assert counts[257] == 60  # an end for each response
 
 
 def test_counts_that_do_not_fit_are_refused(tmp_path):

@@ -49,7 +49,7 @@ def contents(answer):
         "fastdllm_dream/dual",
         "diffullama/topk",
         "mdlm",
-        "sedd/euler",
+        "sedd",
         "dkv_llada/decode",
         "dkv_llada/greedy",
         "dkv_dream/decode",
