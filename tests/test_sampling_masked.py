@@ -155,7 +155,7 @@ def test_selection_equals_its_definition():
         among = rng.random(m) < 0.7
         among[rng.integers(m)] = True
         known = dict(confidence=jnp.array(confidence), entropy=jnp.array(entropy), doubt=1 - jnp.array(confidence))
-        seen = masked_select.Scores(draft=jnp.zeros(m, int), margin=jnp.zeros(m), **known)
+        seen = types.SimpleNamespace(**known)
         order, rank = masked_select.by_score(seen.confidence, jnp.array(among))
         ranked = sorted(np.flatnonzero(among), key=lambda i: -confidence[i])
         assert order[: len(ranked)].tolist() == ranked
