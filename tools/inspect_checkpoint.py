@@ -20,6 +20,7 @@ import orbax.checkpoint as ocp  # noqa: E402
 from absl import logging  # noqa: E402
 from flax import traverse_util  # noqa: E402
 
+from refusion_jax import storage  # noqa: E402
 from refusion_jax.checkpoint import load, orbax, safetensors  # noqa: E402
 from refusion_jax.errors import UserError, run_main  # noqa: E402
 
@@ -33,7 +34,7 @@ def size(count: float) -> str:
 
 
 def on_disk(folder: pathlib.Path) -> str:
-    return size(sum(p.stat().st_size for p in folder.rglob("*") if p.is_file()))
+    return size(storage.folder_bytes(folder))
 
 
 def show_arrays(arrays: Iterable[tuple[str, tuple[int, ...], np.dtype, int]]) -> None:

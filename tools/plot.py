@@ -6,6 +6,7 @@ import pathlib
 from collections.abc import Sequence
 from typing import Any
 
+from refusion_jax import storage
 from refusion_jax.errors import UserError, run_main
 
 
@@ -16,7 +17,7 @@ def read(workdir: pathlib.Path) -> dict[str, list[dict]]:
       UserError: no such file, or a line that is not a record.
     """
     path = workdir / "metrics.jsonl"
-    if not path.is_file():
+    if not path.exists():
         raise UserError(f"There is no {path}; give the --workdir of a run.")
     records = {"train": [], "evaluation": []}
     for number, line in enumerate(path.read_text().splitlines(), 1):
@@ -46,7 +47,7 @@ def curve(axis: Any, records: Sequence[dict], name: str, **style: Any) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("workdirs", nargs="+", type=pathlib.Path)
+    parser.add_argument("workdirs", nargs="+", type=storage.as_path)
     parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("loss.png"))
     arguments = parser.parse_args()
     try:

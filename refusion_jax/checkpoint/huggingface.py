@@ -15,6 +15,7 @@ import numpy as np
 from flax import traverse_util
 from jax.sharding import Mesh
 
+from refusion_jax import storage
 from refusion_jax.checkpoint import safetensors
 from refusion_jax.errors import UserError
 from refusion_jax.model.config import ModelConfig, from_huggingface
@@ -110,9 +111,11 @@ def resolve(source: str | pathlib.Path) -> pathlib.Path:
     Raises:
       UserError: no such folder, or the name cannot be downloaded.
     """
-    folder = pathlib.Path(source).expanduser()
+    folder = storage.as_path(source)
     if folder.is_dir():
-        return folder
+        return folder if not storage.is_local(folder) else pathlib.Path(folder)
+    if not storage.is_local(folder):
+        raise UserError(f"There is no folder {str(source)!r}, or the environment's credentials may not read it.")
     if folder.is_absolute() or str(source).startswith((".", "~")) or str(source).count("/") > 1 or folder.exists():
         raise UserError(
             f"There is no folder {str(source)!r}. Give a checkpoint's folder, or a name on the Hugging Face hub such "

@@ -21,7 +21,7 @@ from flax import linen as nn
 from jax.sharding import Mesh
 from orbax.checkpoint import checkpoint_managers
 
-from refusion_jax import __version__, lora
+from refusion_jax import __version__, lora, storage
 from refusion_jax.checkpoint import resume, stream
 from refusion_jax.config import LoraConfig
 from refusion_jax.errors import UserError
@@ -89,17 +89,17 @@ def say(text: str) -> None:
 
 def steps_in(folder: str | pathlib.Path) -> list[int]:
     """Steps of the complete checkpoints in a folder, ascending."""
-    root = pathlib.Path(folder) / "checkpoints"
-    return (
-        sorted(int(p.name) for p in root.iterdir() if p.name.isdigit() and (p / "_CHECKPOINT_METADATA").exists())
-        if root.is_dir()
-        else []
-    )
+    root = storage.as_path(folder) / "checkpoints"
+    # Orbax renames a complete step on a disk; in a bucket, which cannot, it marks it.
+    mark = "_CHECKPOINT_METADATA" if storage.is_local(folder) else "commit_success.txt"
+    if not root.is_dir():
+        return []
+    return sorted(int(p.name) for p in root.iterdir() if p.name.isdigit() and (p / mark).exists())
 
 
 def check_folder_name(folder: str | pathlib.Path) -> None:
     """Raises a UserError for a name that Orbax would take for a pattern, and leave checkpoints unfinished there."""
-    found = sorted(set("*?[") & set(str(pathlib.Path(folder).absolute())))
+    found = sorted(set("*?[") & set(str(storage.absolute(folder))))
     if found:
         raise UserError(
             f"The folder {folder} cannot hold checkpoints: its path has a {' and a '.join(found)}. Choose another name."
@@ -120,7 +120,7 @@ def checkpoint_path(folder: str | pathlib.Path, step: int | None = None) -> path
         )
     if step is not None and step not in steps:
         raise UserError(f"There is no checkpoint of step {step} in {folder}; there are {', '.join(map(str, steps))}.")
-    return pathlib.Path(folder).absolute() / "checkpoints" / str(steps[-1] if step is None else step)
+    return storage.absolute(folder) / "checkpoints" / str(steps[-1] if step is None else step)
 
 
 def read_meta(folder: str | pathlib.Path, step: int | None = None) -> dict:
@@ -245,7 +245,7 @@ class Checkpoints:
           UserError: the folder cannot be written, or has a name that cannot be used.
         """
         check_folder_name(folder)
-        self._folder = pathlib.Path(folder).absolute()
+        self._folder = storage.absolute(folder)
         policies = [checkpoint_managers.LatestN(keep_last)]
         if keep_best:
             policies.append(

@@ -14,10 +14,10 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 import tensorstore
-from etils import epath
 from flax import traverse_util
 from orbax.checkpoint import future
 
+from refusion_jax import storage
 from refusion_jax.checkpoint.safetensors import listed
 from refusion_jax.errors import UserError
 
@@ -35,8 +35,11 @@ def chunk_shape(shape: tuple[int, ...], itemsize: int) -> tuple[int, ...]:
     return tuple(chunk)
 
 
-def _database(folder: str, array: str) -> dict[str, Any]:
-    return {"driver": "ocdbt", "base": {"driver": "file", "path": folder + "/"}, "path": array}
+def _database(folder: str | pathlib.Path, array: str) -> dict[str, Any]:
+    """TensorStore's name of an array; it takes the address of a bucket as it is."""
+    place = storage.absolute(folder)
+    base = {"driver": "file", "path": f"{place}/"} if storage.is_local(place) else f"{place}/"
+    return {"driver": "ocdbt", "base": base, "path": array}
 
 
 def row_ranges(rows: int, step: int) -> Iterator[tuple[int, int]]:
@@ -107,7 +110,7 @@ def save(folder: pathlib.Path, streams: dict[str, Stream], meta: dict[str, Any])
     tree = traverse_util.unflatten_dict(streams, sep="/")
     with ocp.Checkpointer(handler) as checkpointer:
         checkpointer.save(
-            epath.Path(folder.absolute()),
+            storage.absolute(folder),
             ocp.args.Composite(params=ocp.args.PyTreeSave(tree), meta=ocp.args.JsonSave(meta)),
         )
 
@@ -126,7 +129,7 @@ class StoredParams:
     def __init__(self, folder: pathlib.Path, shapes: dict[str, tuple[int, ...]]):
         self._stores, problems = {}, []
         for path, shape in shapes.items():
-            spec = {"driver": "zarr", "kvstore": _database(str(folder.absolute()), path.replace("/", "."))}
+            spec = {"driver": "zarr", "kvstore": _database(folder, path.replace("/", "."))}
             try:
                 self._stores[path] = store = tensorstore.open(spec, open=True).result()
                 if store.shape != shape:

@@ -12,11 +12,13 @@ import os
 import pathlib
 import re
 import sys
+import tempfile
 import threading
 from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 
+from refusion_jax import storage
 from refusion_jax.errors import UserError
 
 BEGIN_TOKEN = "<|beginoftext|>"
@@ -264,7 +266,8 @@ def load_tokenizer(spec: str) -> Tokenizer:
     """Makes a tokenizer.
 
     Args:
-      spec: "bytes", a folder (of `Tokenizer.save` or in Hugging Face layout), or a name on the Hugging Face hub.
+      spec: "bytes", a folder or one's address in a bucket (of `Tokenizer.save` or in Hugging Face layout), or a name on
+        the Hugging Face hub.
 
     Raises:
       UserError: no such folder, not a tokenizer, or a name that cannot be downloaded.
@@ -272,6 +275,10 @@ def load_tokenizer(spec: str) -> Tokenizer:
     spec = str(spec)
     if spec == "bytes":
         return ByteTokenizer()
+    if not storage.is_local(spec):
+        with tempfile.TemporaryDirectory() as copy:
+            storage.copy_folder(spec, copy)
+            return load_tokenizer(copy)
     folder = pathlib.Path(spec).expanduser()
     if (folder / BYTES_FILE).exists():
         return ByteTokenizer()
