@@ -4,6 +4,7 @@ import difflib
 import importlib.resources
 import importlib.util
 import json
+import logging
 import pathlib
 import sys
 from collections.abc import Mapping
@@ -141,6 +142,7 @@ def from_hub(benchmark: Benchmark) -> list[Document]:
     """Documents of the benchmark's data set on the hub, or of its copy in the cache."""
     import datasets
 
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # of every retry it would say that there is no network
     path, configuration, split = benchmark.hub
     try:
         names = datasets.get_dataset_config_names(path) if configuration == "*" else [configuration or None]
