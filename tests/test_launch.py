@@ -217,6 +217,15 @@ def test_slurm_batch_script_is_valid_and_has_the_tasks_asked_for():
         assert subprocess.run(["bash", "-n"], input=script, text=True, check=False).returncode == 0
 
 
+def test_slurm_prepares_data_as_an_array_whose_tasks_share_the_work():
+    words = ["slurm.sh", "prepare", "--workers", "4", "--config", "configs/8b.py", "--out", "gs://bucket/it's"]
+    done = bash(LAUNCH / words[0], words[1], "--dry-run", *words[2:])
+    assert done.returncode == 0, done.stderr
+    assert "#SBATCH --array=0-3\n" in done.stdout and "srun" not in done.stdout
+    last = shlex.split(done.stdout.splitlines()[-1])
+    assert last == ["python", "-m", "refusion_jax.prepare", *words[4:]]
+
+
 @pytest.mark.parametrize(
     "arguments, message",
     [
