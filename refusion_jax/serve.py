@@ -26,6 +26,7 @@ from refusion_jax.decoder import Decoder, add_model_arguments, add_sampler_argum
 from refusion_jax.errors import UserError, run_main
 from refusion_jax.sampling import Engine, SamplerConfig
 from refusion_jax.sampling.methods import METHODS
+from refusion_jax.sampling.prefixes import BLOCK
 from refusion_jax.sampling.programs import cache_bucket, make_sampler
 
 try:
@@ -97,6 +98,13 @@ def arguments_of(argv: Sequence[str] | None) -> argparse.Namespace:
         help="most tokens of prompt and answer; default: 4096, or the model's",
     )
     parser.add_argument("--max-waiting", type=int, default=256, metavar="N", help="answers that may wait; default 256")
+    parser.add_argument(
+        "--prefix-tokens",
+        type=int,
+        default=-1,
+        metavar="N",
+        help="tokens of prompts' beginnings that each method keeps in its cache; default: 4 x --max-length; 0: none",
+    )
     parser.add_argument("--timeout", type=float, default=600, metavar="SECONDS", help="of a request; default 600")
     parser.add_argument(
         "--grace", type=float, default=300, metavar="SECONDS", help="for running requests after SIGTERM; default 300"
@@ -189,11 +197,12 @@ def service_of(decoder: Decoder, arguments: argparse.Namespace, keys: Sequence[s
             f"--max-length is {max_length}; it must be more than an answer's {longest} tokens (--gen-length) and at "
             f"most the model's {decoder.model.max_position_embeddings}."
         )
-    check_memory(decoder, list(methods.values()), arguments.batch_size, max_length)
+    blocks = (4 * max_length if arguments.prefix_tokens < 0 else arguments.prefix_tokens) // BLOCK
+    check_memory(decoder, list(methods.values()), arguments.batch_size, max_length, blocks)
     name = arguments.name or pathlib.Path(arguments.checkpoint).resolve().name
     metrics = Metrics(name)
     lanes = {
-        method: functools.partial(make_engine, decoder, config, arguments.batch_size, max_length)
+        method: functools.partial(make_engine, decoder, config, arguments.batch_size, max_length, blocks)
         for method, config in methods.items()
     }
     causal = not (decoder.objective and decoder.objective.bidirectional)
@@ -203,7 +212,7 @@ def service_of(decoder: Decoder, arguments: argparse.Namespace, keys: Sequence[s
     return Service(offer, device, metrics, keys, arguments.timeout, arguments.log_prompts)
 
 
-def make_engine(decoder: Decoder, config: SamplerConfig, batch: int, max_length: int) -> Engine:
+def make_engine(decoder: Decoder, config: SamplerConfig, batch: int, max_length: int, prefix_blocks: int) -> Engine:
     """An engine for prompts and answers of together `max_length` tokens."""
     return Engine(
         decoder.params,
@@ -211,17 +220,21 @@ def make_engine(decoder: Decoder, config: SamplerConfig, batch: int, max_length:
         config,
         batch,
         max_prompt_length=max_length - config.length,
+        prefix_blocks=prefix_blocks,
         mesh=decoder.mesh,
     )
 
 
-def check_memory(decoder: Decoder, configs: Sequence[SamplerConfig], batch: int, max_length: int) -> None:
+def check_memory(
+    decoder: Decoder, configs: Sequence[SamplerConfig], batch: int, max_length: int, prefix_blocks: int
+) -> None:
     """Raises a UserError where the caches of all methods cannot fit."""
     model = decoder.model
     entry = 2 * model.num_layers * model.num_kv_heads * model.head_dim * jnp.dtype(model.dtype).itemsize
     windows = [make_sampler(model, config, batch, decoder.mesh).window for config in configs]
     entries = sum(cache_bucket(max_length + window) for window in windows)
-    needed, free = batch * entries * entry / decoder.mesh.size, free_memory(decoder.mesh.devices.flat[0])
+    kept = len(configs) * prefix_blocks * BLOCK * entry / decoder.mesh.shape["tensor"]  # every shard of rows has a copy
+    needed, free = batch * entries * entry / decoder.mesh.size + kept, free_memory(decoder.mesh.devices.flat[0])
     if needed > free:
         missing = (needed - free) / 2**30
         raise UserError(

@@ -30,7 +30,7 @@ from refusion_jax.step import TrainState
 SETTINGS = {"gen_length": 16, "slot_size": 4, "slot_threshold": 0.5, "token_threshold": 0.3, "speculate": "off"}
 FLAGS = [
     *(word for name, value in SETTINGS.items() for word in (f"--{name.replace('_', '-')}", str(value))),
-    *("--batch-size", "4", "--max-length", "128", "--also", "autoregressive", "--port", "0", "--name", "tiny"),
+    *("--batch-size", "4", "--max-length", "192", "--also", "autoregressive", "--port", "0", "--name", "tiny"),
 ]
 
 
@@ -115,7 +115,7 @@ def answers(decoder):
         settings = SETTINGS if method == "plan_and_infill" else {"gen_length": 16}
         config = decoder.settings(method=method, **settings)
         ids = decoder.tokenizer.encode_prompts([query])
-        return generate(decoder.params, decoder.model, config, ids, max_prompt_length=112)[0]
+        return generate(decoder.params, decoder.model, config, ids, max_prompt_length=176)[0]
 
     return {
         (method, query): alone(method, query) for method in ("plan_and_infill", "autoregressive") for query in QUERIES

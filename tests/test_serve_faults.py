@@ -8,6 +8,7 @@ import http.client
 import json
 import random
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -111,6 +112,38 @@ def test_clients_that_go_away_free_their_rows(address, service):
     post_and_hang_up(address, "/v1/completions", body | {"stream": True}, read=10)
     wait_until_idle(service)
     assert not any(lane.rows or lane.waiting for lane in service.device.lanes.values())
+
+
+def test_who_does_not_read_or_never_finishes_asking_holds_no_row(address, service, client):
+    place = urllib.parse.urlsplit(address)
+    body = json.dumps({"prompt": ["x" * 50] * 4, "n": 8, "max_tokens": 16, "stream": True}).encode()
+    head = f"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: {len(body)}\r\n\r\n".encode()
+    silent, half = (socket.create_connection((place.hostname, place.port), timeout=60) for _ in range(2))
+    silent.sendall(head + body)  # and reads nothing
+    half.sendall(head + body[:20])  # and sends no more
+    end = time.monotonic() + 60
+    while not service.device.open:  # the first has come
+        assert time.monotonic() < end
+        time.sleep(0.001)
+    while service.device.open:
+        assert time.monotonic() < end
+        time.sleep(0.01)
+    assert ask(client, "sun").choices[0].message.content
+    for connection in (silent, half):
+        connection.close()
+    wait_until_idle(service)
+
+
+def test_waiting_requests_whose_time_is_over_are_told_at_once(service, http_client):
+    body = {"prompt": ["x"] * 40, "n": 4, "max_tokens": 16, "method": "autoregressive"}
+    with concurrent.futures.ThreadPoolExecutor(2) as pool:
+        long = pool.submit(http_client.post, "/v1/completions", json=body)
+        while not service.device.open:
+            time.sleep(0.001)
+        late = http_client.post("/v1/completions", json={"prompt": "x", "method": "autoregressive", "timeout": 1e-3})
+        assert late.status_code == 504
+        assert len(long.result().json()["choices"]) == 160
+    wait_until_idle(service)
 
 
 def test_engine_that_fails_costs_its_requests_and_no_more(client, service, monkeypatch):
@@ -241,17 +274,17 @@ def test_large_bodies_are_refused_and_the_server_goes_on(client, http_client):
 
 
 def test_prompts_of_every_length_around_the_limits(client):
-    for tokens in range(105, 118):
+    for tokens in range(170, 180):
         create = lambda n=tokens: client.completions.create(model="tiny", prompt="x" * n, max_tokens=16)
-        if tokens + 16 <= 128:
+        if tokens + 16 <= 192:
             assert create().usage.prompt_tokens == tokens
         else:
             with pytest.raises(openai.BadRequestError, match="Shorten the prompt"):
                 create()
     for answer in range(1, 8):  # whole slots of 4
-        create = lambda n=answer: client.completions.create(model="tiny", prompt="x" * 124, max_tokens=n)
+        create = lambda n=answer: client.completions.create(model="tiny", prompt="x" * 188, max_tokens=n)
         if answer <= 4:
-            assert create().usage.prompt_tokens == 124
+            assert create().usage.prompt_tokens == 188
         else:
             with pytest.raises(openai.BadRequestError):
                 create()

@@ -26,7 +26,7 @@ from refusion_jax.model.config import ModelConfig
 from refusion_jax.model.head import over_vocabulary
 from refusion_jax.model.qwen3 import Qwen3, unstacked
 from refusion_jax.parallel import sharding
-from refusion_jax.sampling import dllm_cache, reduction
+from refusion_jax.sampling import dllm_cache, prefixes, reduction
 from refusion_jax.sampling.config import SamplerConfig, Settings
 from refusion_jax.sampling.state import Canvas, Request, State
 
@@ -243,6 +243,8 @@ class Programs:
     prefill: sharding.OnMesh
     stop: sharding.OnMesh
     grow: sharding.OnMesh
+    take: sharding.OnMesh
+    put: sharding.OnMesh
 
 
 @functools.cache
@@ -255,6 +257,8 @@ def programs(sampler: Any, mesh: Mesh | None) -> Programs:
         prefill=on_mesh(functools.partial(prefill, sampler), donate_argnums=1),
         stop=on_mesh(stop, donate_argnums=0),
         grow=on_mesh(functools.partial(grow, sampler), static_argnums=1),
+        take=on_mesh(prefixes.take),
+        put=on_mesh(prefixes.put, donate_argnums=0),
     )
 
 

@@ -188,7 +188,7 @@ class Service:
         return Response(self.metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8")
 
     async def flush_cache(self, _: HttpRequest) -> Response:
-        """Nothing is kept between requests that an answer could profit from."""
+        self.device.flush()
         return JSONResponse({"flushed": True})
 
     async def tokenize(self, http: HttpRequest) -> Response:

@@ -134,7 +134,11 @@ class Around:
         service.active += counted
         try:
             refusal = self._refusal(path, headers)
-            await (refusal or self._app)(scope, receive, tagged)
+            # Whoever does not read what is sent is left alone some time after the answer is due.
+            async with asyncio.timeout(service.timeout + 2 * BODY_SECONDS):
+                await (refusal or self._app)(scope, receive, tagged)
+        except TimeoutError:
+            fields["error"] = "the client did not read its answer"
         finally:
             service.active -= counted
             if counted:

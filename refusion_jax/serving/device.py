@@ -96,7 +96,7 @@ class Lane:
         """Runs each of the engine's programs."""
         model, length = self.engine.model, self.engine.sampler.length
         room = self.engine.cache_length - length - self.engine.sampler.window
-        longest = min(room, model.max_position_embeddings - length)
+        longest = max(1, min(room, model.max_position_embeddings - length))
         ordinary = next(
             i for i in range(model.logical_vocab_size) if i not in (model.mask_token_id, model.eos_token_id)
         )
@@ -105,6 +105,11 @@ class Lane:
             row = self.engine.add(Prompt(prompt, self.engine.config))
             self.engine.step(1, unfinished=True)
             self.engine.cancel(row)
+        for _ in range(2):  # a prefix is kept, and then found
+            row = self.engine.add(Prompt([ordinary] * longest, self.engine.config))
+            self.engine.prefill(-(-longest // PREFILL_WIDTHS[0]))
+            self.engine.cancel(row)
+        self.engine.prefixes.clear()
 
 
 class Device(threading.Thread):
@@ -127,7 +132,7 @@ class Device(threading.Thread):
         """
         super().__init__(name="device", daemon=True)
         self._makers, self._make_scorer, self._observer = lanes, scorer, observer
-        self._inbox: queue.SimpleQueue[Sequence[Job]] = queue.SimpleQueue()
+        self._inbox: queue.SimpleQueue[Sequence[Job] | None] = queue.SimpleQueue()
         self._lock = threading.Lock()
         self._count = itertools.count()  # index of every prompt: updates are told apart by it
         self.max_waiting, self.waiting, self.open = max_waiting, 0, 0
@@ -151,6 +156,10 @@ class Device(threading.Thread):
             self.waiting += len(jobs)
             self.open += len(jobs)
         self._inbox.put(jobs)
+
+    def flush(self) -> None:
+        """Forgets all beginnings of prompts, before the next turn."""
+        self._inbox.put(None)
 
     # ------------------------------------------------------------------ the thread
 
@@ -192,8 +201,11 @@ class Device(threading.Thread):
         except queue.Empty:
             pass
 
-    def _sort(self, jobs: Sequence[Job]) -> None:
-        for job in jobs:
+    def _sort(self, jobs: Sequence[Job] | None) -> None:
+        if jobs is None:
+            for lane in self.lanes.values():
+                lane.engine.prefixes.clear()
+        for job in jobs or ():
             if job.lane:
                 self.lanes[job.lane].waiting.append(job)
             else:
@@ -209,13 +221,8 @@ class Device(threading.Thread):
             self._end(job, Failed(str(error)))
 
     def _turn(self, lane: Lane) -> None:
-        now = time.monotonic()
-        for row, job in list(lane.rows.items()):
-            if job.cancelled or now > job.deadline:
-                lane.engine.cancel(row)
-                del lane.rows[row]
-                self._end(job, None if job.cancelled else TooLate())
-        self._admit(lane, now)
+        self._drop(lane)
+        self._admit(lane)
         if not lane.rows:
             return
         eager = lane.waiting or any(job.watched for job in lane.rows.values())
@@ -224,25 +231,38 @@ class Device(threading.Thread):
         for generation in updates:
             self._update(lane, *by_index[generation.index], generation)
 
-    def _admit(self, lane: Lane, now: float) -> None:
+    def _drop(self, lane: Lane) -> None:
+        """Ends jobs that nobody wants any more, and those whose time is over."""
+        now = time.monotonic()
+        over = lambda job: job.cancelled or now > job.deadline
+        for row, job in list(lane.rows.items()):
+            if over(job):
+                lane.engine.cancel(row)
+                del lane.rows[row]
+                self._end(job, None if job.cancelled else TooLate())
+        for job in [job for job in lane.waiting if over(job)]:
+            lane.waiting.remove(job)
+            self._start(job)
+            self._end(job, None if job.cancelled else TooLate())
+
+    def _admit(self, lane: Lane) -> None:
         """Gives rows to waiting jobs, first come, first served."""
         while lane.waiting:
             job = lane.waiting[0]
-            error = TooLate() if now > job.deadline else None
-            if not (job.cancelled or error):
-                job.prompt = dataclasses.replace(job.prompt, index=next(self._count))
-                try:
-                    row = lane.engine.add(job.prompt)
-                except UserError as refusal:
-                    error = refusal
-                else:
-                    if row is None:
-                        return
-                    lane.rows[row] = job
+            job.prompt = dataclasses.replace(job.prompt, index=next(self._count))
+            refusal = None
+            try:
+                row = lane.engine.add(job.prompt)
+            except UserError as error:
+                refusal = error
+            if refusal is None and row is None:
+                return
             lane.waiting.popleft()
             self._start(job)
-            if job.cancelled or error:
-                self._end(job, error)
+            if refusal is None:
+                lane.rows[row] = job
+            else:
+                self._end(job, refusal)
 
     def _update(self, lane: Lane, row: int, job: Job, generation: Generation) -> None:
         if generation.order and not job.first:
@@ -274,6 +294,12 @@ class Device(threading.Thread):
     def running(self) -> int:
         """Jobs in a row."""
         return sum(len(lane.rows) for lane in list(self.lanes.values()))
+
+    @property
+    def prefix_counts(self) -> tuple[int, int]:
+        """Tokens of prompts that were looked for among kept beginnings, and those found there."""
+        kept = [lane.engine.prefixes for lane in self.lanes.values()]
+        return sum(prefixes.asked for prefixes in kept), sum(prefixes.found for prefixes in kept)
 
     @property
     def cache_used(self) -> float:

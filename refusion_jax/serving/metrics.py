@@ -61,9 +61,12 @@ class Metrics:
         self._decode = seconds("request_decode_time_seconds", "From first token to whole answer.")
         self._prompts = tokens("request_prompt_tokens", "Tokens of a prompt.")
         self._answers = tokens("request_generation_tokens", "Tokens of an answer.")
+        self._queries = counter("prefix_cache_queries", "Tokens of prompts looked for among kept beginnings.")
+        self._hits = counter("prefix_cache_hits", "Tokens of prompts found there.")
         self._steps = counter("diffusion_num_denoising_steps", "Forwards that answers took part in.")
         self._canvas = counter("diffusion_num_canvas_positions", "Tokens in these forwards.")
         self._committed = counter("diffusion_num_committed_tokens", "Tokens committed.")
+        self._prefixes = (0, 0)  # counted so far
         self._warm = 0
 
     def _of(self, kind: type, name: str, text: str, **options: Any) -> Any:
@@ -82,6 +85,10 @@ class Metrics:
         self._running.set(device.running)
         self._waiting.set(device.waiting)
         self._usage.set(device.cache_used)
+        counts = device.prefix_counts
+        for counter, now, before in zip((self._queries, self._hits), counts, self._prefixes):
+            counter.inc(max(0, now - before))  # an engine made anew counts from 0
+        self._prefixes = counts
 
     def finished(self, job: Job) -> None:
         """A job's end, whatever it was."""
