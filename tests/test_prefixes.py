@@ -19,7 +19,11 @@ CONFIGS = {
     "autoregressive": AutoregressiveConfig(16),
 }
 BEGINNING = (random_prompts(5, 1, longest=12)[0] * 300)[: 2 * BLOCK]
-PROMPTS = [BEGINNING + end for end in random_prompts(7, 6, longest=20)] + [BEGINNING, BEGINNING[:BLOCK] + [5, 6], [4, 5]]
+PROMPTS = [BEGINNING + end for end in random_prompts(7, 6, longest=20)] + [
+    BEGINNING,
+    BEGINNING[:BLOCK] + [5, 6],
+    [4, 5],
+]
 
 
 def decode(engine: Engine, config, prompts) -> list[list[int]]:
