@@ -58,6 +58,7 @@ def contents(answer):
         "dkv_dream/pd",
         "dllm_cache_dream",
         "dllm_cache_llada",
+        "dllm_cache_llada_cfg",
     ],
 )
 def test_recorded_decodings_are_repeated(method, repository, reference, monkeypatch):
@@ -67,7 +68,7 @@ def test_recorded_decodings_are_repeated(method, repository, reference, monkeypa
     monkeypatch.syspath_prepend(repository / "tools")
     import reference_decode
 
-    folder = reference / "methods" / method.split("/")[0]
+    folder = reference / "methods" / method.split("/")[0].removesuffix("_cfg")
     named = folder / "MODEL"
     source = folder / named.read_text().strip() if named.is_file() else folder / "model"
     model = dataclasses.replace(load.load_model_config(source), mask_token_id=95, dtype="float32", attention="xla")

@@ -82,7 +82,7 @@ def masked_settings(record: dict[str, Any]) -> dict[str, Any]:
     if family == "dkv_llada":
         return given | dkv_llada_settings(params)
     if family.startswith("dllm_cache"):
-        names = "prompt_interval", "gen_interval", "transfer_ratio", "cfg_scale"
+        names = "prompt_interval", "gen_interval", "transfer_ratio", "cfg_scale", "cfg_interval"
         given |= {name: params[name] for name in names if name in params}
         return given | ({} if "block_length" in params else dream_settings(params)) | dict(cache="dllm")
     return given | dream_settings(params)

@@ -6,6 +6,8 @@ in every `prompt_interval`-th forward, the answer in every `gen_interval`-th, an
 the answer whose values differ most from the last forward's, by cosine, in each layer by itself. Values are never stale.
 """
 
+import dataclasses
+import functools
 from typing import Any
 
 import chex
@@ -24,17 +26,27 @@ TINY = 1e-8  # least norm that a cosine divides by
 
 @struct.dataclass
 class Features:
-    """Outputs of attention and MLP: of each layer [batch, cache_length, hidden] in the compute dtype."""
+    """Outputs of attention and MLP: of each layer [batch, cache_length, hidden] in the compute dtype.
+
+    Attributes:
+      unprompted: of the text without its prompt, for guidance: (keys, values, features) of its own; else None.
+      residual: [batch, cache_length, hidden] how far the text's hidden states were from those without the prompt.
+    """
 
     attention: tuple[jax.Array, ...]
     mlp: tuple[jax.Array, ...]
+    unprompted: Any = None
+    residual: jax.Array | None = None
 
     @classmethod
-    def empty(cls, model: ModelConfig, batch: int, cache_length: int) -> "Features":
-        of_layers = lambda: tuple(
-            jnp.zeros((batch, cache_length, model.hidden_size), model.dtype) for _ in range(model.num_layers)
-        )
-        return cls(of_layers(), of_layers())
+    def empty(cls, model: ModelConfig, batch: int, cache_length: int, guided: bool = False) -> "Features":
+        zeros = lambda: jnp.zeros((batch, cache_length, model.hidden_size), model.dtype)
+        of_layers = lambda: tuple(zeros() for _ in range(model.num_layers))
+        plain = cls(of_layers(), of_layers())
+        if not guided:
+            return plain
+        other = KVCache.empty(dataclasses.replace(model, scan_layers=False), batch, cache_length)
+        return plain.replace(unprompted=(other.k, other.v, cls(of_layers(), of_layers())), residual=zeros())
 
 
 @struct.dataclass
@@ -57,6 +69,34 @@ class Refresh:
     def tokens(self) -> jax.Array:
         """That go through all but the first layer again."""
         return jnp.where(self.prompt, self.prompt_length, 0) + jnp.where(self.answer, self.limit, self.count)
+
+
+def look(
+    model: ModelConfig, params: dict, window: Any, transfer: bool, length: int, width: int, cache: KVCache
+) -> tuple[jax.Array, KVCache]:
+    """`forward` of a window of masked.py; with guidance hidden states are moved by scale times the residual, which is
+    measured in some forwards only.
+    """
+    run = functools.partial(forward, model, params, transfer=transfer, length=length, width=width)
+    hidden, after = run(window.text, window.refresh, cache=cache)
+    if window.refresh_unprompted is None:
+        return hidden, after
+    k, v, features = cache.features.unprompted
+    own = KVCache(k, v, cache.length, features=features)
+    # A row whose residual is not measured now has no text here, so that nothing of it is written.
+    measured = window.refresh_unprompted.limit > 0
+    nowhere = jnp.where(measured[:, None], window.text.positions, cache.cache_length)
+    text = window.text.replace(tokens=window.text.unprompted, positions=nowhere)
+
+    def measure(carry):
+        _, own, residual = carry
+        without, own = run(text, window.refresh_unprompted, cache=own)
+        return jnp.bool_(False), own, jnp.where(measured[:, None, None], hidden - without, residual)
+
+    start = measured.any(), own, cache.features.residual
+    _, own, residual = jax.lax.while_loop(lambda carry: carry[0], measure, start)
+    kept = after.features.replace(unprompted=(own.k, own.v, own.features), residual=residual)
+    return hidden + window.scale[:, None, None].astype(hidden.dtype) * residual, after.replace(features=kept)
 
 
 @struct.dataclass

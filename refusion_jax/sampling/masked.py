@@ -90,6 +90,7 @@ class Row:
     refused: jax.Array  # tokens that forwards were allowed to decide and did not
     before: jax.Array  # [G] bool: open when the last forward began
     near: jax.Array  # [G] bool: of dkv_greedy, what the next forward computes again
+    unprompted: jax.Array  # forwards without the prompt, with dLLM-Cache and guidance
     plan: jax.Array | None  # [G]: the step (independent) or rank within its block (given, dkv_greedy) of each token
 
 
@@ -117,6 +118,7 @@ class Window:
     query: Question  # [M]
     scale: jax.Array  # of guidance
     refresh: Refresh | None  # of dLLM-Cache
+    refresh_unprompted: Refresh | None  # the same without the prompt; a limit of 0: not now
 
 
 @dataclasses.dataclass(frozen=True)
@@ -162,6 +164,7 @@ class Masked:
             refused=zero,
             before=jnp.ones(self.length, bool),
             near=jnp.ones(self.length, bool),
+            unprompted=zero,
             plan=self.plan(request),
         )
 
@@ -196,30 +199,43 @@ class Masked:
         at = rank[row.prompt_length + offsets - (self.alignment == "shift")]
         keys = jax.vmap(jax.random.fold_in, (None, 0))(self.key(row), offsets)
         unprompted = jnp.where(offset < 0, self.model.mask_token_id, text)[there] if self.guided else None
-        refresh = self.refresh(row) if self.cache == "dllm" else None
+        refresh = unprompted_refresh = None
+        used = jnp.sum(flags)
+        if self.cache == "dllm":
+            refresh = self.refresh(row, row.canvas.forwards - row.unprompted, jnp.bool_(True))
+            used = jnp.maximum(refresh.tokens, 1)
+            if self.guided:
+                unprompted_refresh = self.refresh(row, row.unprompted, self.measures(row))
+                used = jnp.maximum(used, unprompted_refresh.tokens)
         return Window(
             text=Text(text[there], positions, unprompted),
-            used=jnp.sum(flags) if refresh is None else jnp.maximum(refresh.tokens, 1),
+            used=used,
             at=jnp.maximum(at, 0),  # what is not in the window is decided already
             query=Question.of(keys, row.settings, self.suppress),
             scale=row.settings.own["cfg_scale"],
             refresh=refresh,
+            refresh_unprompted=unprompted_refresh,
         )
 
-    def refresh(self, row: Row) -> Refresh:
-        """What goes through all layers in the row's next forward."""
-        own, forwards = row.settings.own, row.canvas.forwards
+    def refresh(self, row: Row, forwards: jax.Array, now: jax.Array) -> Refresh:
+        """What goes through all layers in a row's next forward, after so many; not now: nothing."""
+        own = row.settings.own
         return Refresh(
             prompt_length=row.prompt_length,
-            limit=row.settings.limit,
-            prompt=forwards % own["prompt_interval"] == 0,
-            answer=forwards % own["gen_interval"] == 0,
-            count=own["transfer"],
+            limit=jnp.where(now, row.settings.limit, 0),
+            prompt=now & (forwards % own["prompt_interval"] == 0),
+            answer=now & (forwards % own["gen_interval"] == 0),
+            count=jnp.where(now, own["transfer"], 0),
         )
+
+    def measures(self, row: Row) -> jax.Array:
+        """Whether a row's next step forwards the text without its prompt too, with dLLM-Cache."""
+        step = row.canvas.forwards - row.unprompted
+        return (row.settings.own["cfg_scale"] > 0) & ((step < 5) | (step % row.settings.own["cfg_interval"] == 0))
 
     def features(self, batch: int, cache_length: int) -> Features | None:
         """What a cache keeps besides keys and values."""
-        return Features.empty(self.model, batch, cache_length) if self.cache == "dllm" else None
+        return Features.empty(self.model, batch, cache_length, self.guided) if self.cache == "dllm" else None
 
     def key(self, row: Row) -> jax.Array:
         """Of the row's next forward."""
@@ -234,12 +250,17 @@ class Masked:
         rank, chosen, allowed = self.choose(row, of_block(open), seen)
         order = jnp.argsort(jnp.where(chosen, rank, m))
         count = jnp.sum(chosen)
-        canvas = row.canvas.commit(start + order, seen.draft[order], count, row.canvas.forwards - 1)
-        if self.guided:
+        canvas = row.canvas.commit(start + order, seen.draft[order], count, row.canvas.forwards - row.unprompted - 1)
+        unprompted = row.unprompted
+        if self.guided and window.refresh is None:
             canvas = canvas.replace(tokens_forwarded=canvas.tokens_forwarded + window.used * (window.scale > 0))
         if window.refresh is not None:  # through the first layer all go
             tokens = window.refresh.prompt_length + window.refresh.limit
             canvas = canvas.replace(tokens_forwarded=canvas.tokens_forwarded + tokens - window.used)
+            if self.guided:
+                measured = window.refresh_unprompted.limit > 0
+                unprompted += measured
+                canvas = canvas.forwarded(jnp.where(measured, tokens, 0))
         over = ~of_block(self.open(canvas, row.settings)).any()
         after = row.replace(
             done=self.finished(canvas, row.settings),
@@ -249,6 +270,7 @@ class Masked:
             refused=jnp.minimum(allowed - count, self.length),
             before=open,
             near=self.near(row, open),
+            unprompted=unprompted,
         )
         if self.schedule == KEEP_FLOOR and self.stop == "length":  # all steps, though decoding may run ahead of them
             after = after.replace(done=row.canvas.forwards == row.settings.own["steps"])

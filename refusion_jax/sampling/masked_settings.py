@@ -74,6 +74,9 @@ class MaskedSettings(SamplerConfig):
     )
     gen_interval: int = setting(7, "of dllm: the same of the answer", traced=True)
     transfer_ratio: float = setting(0.25, "of dllm: part of the answer, that has changed most, in other forwards")
+    cfg_interval: int = setting(
+        1, "of dllm: every so many forwards, and in the first 5, guidance is measured anew", traced=True
+    )
     stop: str = setting(
         "answer", "a row is done when its answer is, or with all gen_length tokens", choices=("answer", "length")
     )
@@ -88,7 +91,7 @@ class MaskedSettings(SamplerConfig):
             if not 0 <= getattr(self, name) <= math.inf:
                 raise UserError(f"{name} is {getattr(self, name)}; it must be at least 0.")
         for name, least in dict(
-            block_length=0, steps=0, cache_steps=1, cache_window=0, prompt_interval=1, gen_interval=1
+            block_length=0, steps=0, cache_steps=1, cache_window=0, prompt_interval=1, gen_interval=1, cfg_interval=1
         ).items():
             if getattr(self, name) < least:
                 raise UserError(f"{name} is {getattr(self, name)}; it must be at least {least}.")
@@ -153,9 +156,9 @@ class MaskedSettings(SamplerConfig):
                 f"score = 'given' needs select = 'topk', not {self.select!r}: the order and the schedule say all.",
             ),
             (
-                self.cfg_scale > 0 and self.cache != "none",
+                self.cfg_scale > 0 and self.cache not in ("none", "dllm"),
                 f"cfg_scale is {self.cfg_scale} with {cached}: keys and values without the prompt would need a cache "
-                "of their own. Use cache = 'none', or cfg_scale 0.",
+                "of their own. Use cache = 'none' or 'dllm', or cfg_scale 0.",
             ),
             (
                 self.select in ("independent", "scores") and self.cache != "none",

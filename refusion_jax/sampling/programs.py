@@ -158,8 +158,8 @@ def look_in_place(sampler, params: dict, window: Any, width: int, cache: KVCache
 
     asked_for = lambda x: jnp.take_along_axis(x, jnp.minimum(window.at, x.shape[1] - 1)[..., None], axis=1)
     if window.refresh is not None:
-        how = window.refresh, sampler.transfer, sampler.length, width
-        hidden, cache = dllm_cache.forward(sampler.model, params, window.text, *how, cache)
+        how = sampler.transfer, sampler.length, width
+        hidden, cache = dllm_cache.look(sampler.model, params, window, *how, cache)
         return asked_for(hidden), cache
     text = jax.tree.map(lambda x: x[:, :width], window.text)
 
