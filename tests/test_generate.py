@@ -3,6 +3,7 @@
 import dataclasses
 import io
 import json
+import os
 import re
 import sys
 
@@ -241,7 +242,7 @@ def test_unfinished_answer_shows_open_positions_up_to_the_first_end():
 
 def test_live_text_is_replaced_in_place_and_fits_the_terminal(monkeypatch):
     """On a terminal of 5 lines: what is cleared leaves nothing, and no text reaches above the first line."""
-    monkeypatch.setattr(display.shutil, "get_terminal_size", lambda: (10, 5))
+    monkeypatch.setattr(display.shutil, "get_terminal_size", lambda *_, **__: os.terminal_size((10, 5)))
     stream = io.StringIO()
     live = display.Live(stream)
     live.show([("x" * 25, 0), ("\ny", 1)], 2, color=False)  # 3 rows and 1
