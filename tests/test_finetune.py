@@ -24,12 +24,12 @@ def tensors_in(folder) -> dict[str, np.ndarray]:
     return found
 
 
-def finetune(repository, init_from, folder, name, **overrides):
+def finetune(repository, init_from, folder, name, method="refusion", **overrides):
     """Trains folder/name for one step on folder/data.json; returns the config."""
     write_examples(folder / "data.json")
     argument = (
         f"{repository / 'configs' / 'finetune.py'}:init_from={init_from},data={folder / 'data.json'},tokenizer=bytes,"
-        "dtype=float32,max_length=64,held_out=0"
+        f"dtype=float32,max_length=64,held_out=0,method={method}"
     )
     few = {"steps": "1", "batch_size": "8", "mesh.data": "8", "mesh.fsdp": "1", "optimizer.lr": "1e-3"}
     config = load_config(argument, few | overrides)
@@ -54,7 +54,7 @@ def test_fine_tune_export_decode_and_start_from_it_again(reference, repository, 
 
     decoder = Decoder.load(str(tmp_path / "exported"), dtype="float32")
     chex.assert_trees_all_equal(decoder.params, Decoder.load(str(tmp_path / "run"), dtype="float32").params)
-    (answer,) = decoder.generate(["3 and 21"], gen_length=8, slot_size=4, blocks=1, method="autoregressive")
+    (answer,) = decoder.generate(["3 and 21"], gen_length=8, method="autoregressive")
     assert 0 < len(answer.generation.tokens) <= 8
 
     # Weights only: another run begins at step 0 with these weights. (A rate of almost 0 leaves them as they were.)
@@ -78,7 +78,7 @@ def test_config_says_what_it_needs(repository):
         load_config(str(repository / "configs" / "finetune.py"))
 
 
-def test_a_checkpoint_that_no_sampler_suits_is_refused(reference, repository, tmp_path):
-    finetune(repository, reference / "qwen3_untied" / "model", tmp_path, "run", **{"objective.kind": "masked"})
+def test_a_method_that_does_not_suit_the_checkpoint_is_refused(reference, repository, tmp_path):
+    finetune(repository, reference / "qwen3_untied" / "model", tmp_path, "run", method="llada")
     with pytest.raises(UserError, match="A model of the objective 'masked' cannot be decoded"):
-        Decoder.load(str(tmp_path / "run"), dtype="float32").settings()
+        Decoder.load(str(tmp_path / "run"), dtype="float32").settings(method="autoregressive")

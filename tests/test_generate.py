@@ -306,7 +306,7 @@ def test_benchmark_has_a_row_for_every_case(tools, repository, tmp_path, capsys)
         "--tokens-per-forward",
         "1.5",
     ]
-    benchmark_decode.main([*arguments, "--batch", "2", "--steps", "2", "--json", str(out)])
+    benchmark_decode.main([*arguments, "--batch", "2", "--forwards", "2", "--json", str(out)])
     found = json.loads(out.read_text())
     cases = [(r["batch"], r["method"], r["speculate"]) for r in found["results"]]
     assert cases == [(2, "autoregressive", ""), (2, "plan_and_infill", "off"), (2, "plan_and_infill", "on")]

@@ -272,7 +272,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         "--prompts", type=int, default=0, metavar="N", help="how many are decoded; default: the largest batch"
     )
     parser.add_argument(
-        "--steps", type=int, default=16, metavar="N", help="forwards that the time of one is taken from; default 16"
+        "--forwards", type=int, default=16, metavar="N", help="forwards that the time of one is taken from; default 16"
     )
     parser.add_argument("--json", type=pathlib.Path, metavar="FILE", help="write the figures there too")
     add_sampler_arguments(parser)
@@ -284,9 +284,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         batches = [int(size) for size in arguments.batch.split(",")]
     except ValueError:
         batches = [0]
-    if min(*batches, arguments.steps, 1) < 1:
+    if min(*batches, arguments.forwards, 1) < 1:
         raise UserError(
-            f"--batch is {arguments.batch!r} and --steps {arguments.steps}; give numbers of at least 1, such as "
+            f"--batch is {arguments.batch!r} and --forwards {arguments.forwards}; give numbers of at least 1, such as "
             "--batch 1,8,32."
         )
     count = arguments.prompts or max(batches)
@@ -323,7 +323,7 @@ def main(argv: Sequence[str] | None = None) -> None:
                 )
                 print(f"token_threshold {threshold:.3g}", flush=True)
             own = {"token_threshold": threshold} if plans else {}
-            result = measure(case, own, arguments.steps, rate)
+            result = measure(case, own, arguments.forwards, rate)
             results.append(result)
             print(
                 f"batch {batch}, {method} {speculate}: {result['tokens_per_second']:.1f} tokens/s, "

@@ -36,8 +36,8 @@ import jax
 import numpy as np
 import torch_peer
 from absl import logging
+from benchmark_data import synthetic_rows
 from benchmark_decode import calibrate, prompts_of, random_decoder, random_prompts
-from benchmark_train import synthetic_rows
 from flax import traverse_util
 
 from refusion_jax import step as steps_lib
@@ -248,7 +248,9 @@ def training_rows(arguments: argparse.Namespace, decoder: Decoder, peer: Peer) -
         batch_size=arguments.packed_rows,
     )
     options = dict(batch_size=config.batch_size, local_rows=range(config.batch_size))
-    packed = next(pipeline.batches(synthetic_rows(config), **options))
+    with tempfile.TemporaryDirectory() as folder:
+        rows = synthetic_rows(2000, folder, config.data.max_length, decoder.model.logical_vocab_size, 0)
+        packed = next(pipeline.batches(rows, **options))
     rows, length = arguments.dense_rows, arguments.dense_length
     one = lambda value, dtype: np.full((rows, 1), value, dtype)
     dense = dict(
