@@ -249,7 +249,7 @@ def training_rows(arguments: argparse.Namespace, decoder: Decoder, peer: Peer) -
     )
     options = dict(batch_size=config.batch_size, local_rows=range(config.batch_size))
     with tempfile.TemporaryDirectory() as folder:
-        rows = synthetic_rows(2000, folder, config.data.max_length, decoder.model.logical_vocab_size, 0)
+        rows = synthetic_rows(2000, folder, config.data.max_length, decoder.model.logical_vocab_size - 2)
         packed = next(pipeline.batches(rows, **options))
     rows, length = arguments.dense_rows, arguments.dense_length
     one = lambda value, dtype: np.full((rows, 1), value, dtype)
