@@ -143,7 +143,9 @@ def test_trained_model_continues_the_same_in_transformers(tmp_path):
     from refusion_jax.train import train
 
     write_examples(tmp_path / "data.json")
-    train(from_config_dict(get_config(f"data={tmp_path / 'data.json'},steps=80")), tmp_path / "run")
+    config = get_config(f"data={tmp_path / 'data.json'},steps=400")  # after which it says more than one token
+    config.checkpoint_every_steps = 400
+    train(from_config_dict(config), tmp_path / "run")
     convert.to_huggingface(tmp_path / "run", tmp_path / "exported", say=quiet)
     for query in ("1 and 7", "21 and 147"):
         prompt = load.load_tokenizer_for(tmp_path / "run").encode_prompt(query)
