@@ -31,7 +31,7 @@ from refusion_jax.parallel import sharding
 from refusion_jax.parallel.mesh import make_mesh
 from refusion_jax.sampling import Engine, Generation, SamplerConfig, stream
 from refusion_jax.sampling.batching import serve
-from refusion_jax.sampling.methods import METHODS, sampler_config, suited
+from refusion_jax.sampling.methods import METHODS, config_class, sampler_config, suited
 from refusion_jax.sampling.programs import decode_params
 from refusion_jax.settings import build, of_kind
 
@@ -100,7 +100,7 @@ class Decoder:
         """
         method = suited(self.objective, method)
         given = {name: value for name, value in given.items() if value is not None}
-        return sampler_config(method, **METHODS[method].suited(self.model, self.objective, given))
+        return sampler_config(method, **config_class(method).suited(self.model, self.objective, given))
 
     def stream(self, prompts: Sequence[str], config: SamplerConfig, **options: Any) -> Iterator[Answer]:
         """Answers to prompts (one user turn each) as they are finished; options of `sampling.stream`.

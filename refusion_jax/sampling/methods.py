@@ -29,15 +29,20 @@ SUITED = {
 }
 
 
+def config_class(method: str) -> type[SamplerConfig]:
+    """The settings' dataclass of a method; a UserError if there is no such method."""
+    if method not in METHODS:
+        raise UserError(f"method is {method!r}; choose one of {', '.join(METHODS)}.")
+    return METHODS[method]
+
+
 def sampler_config(method: str, **settings: Any) -> SamplerConfig:
     """The settings of a method.
 
     Raises:
       UserError: there is no such method, or it has no such setting, or not of this value.
     """
-    if method not in METHODS:
-        raise UserError(f"method is {method!r}; choose one of {', '.join(METHODS)}.")
-    names = lambda method: [field.name for field in dataclasses.fields(METHODS[method])]
+    names = lambda method: [field.name for field in dataclasses.fields(config_class(method))]
     for name in settings:
         if name not in names(method):
             having = [other for other in METHODS if name in names(other)]
@@ -45,7 +50,7 @@ def sampler_config(method: str, **settings: Any) -> SamplerConfig:
                 f"The method {method} has no setting {name!r}; "
                 + (f"it is one of {', '.join(having)}." if having else f"it has {', '.join(names(method))}.")
             )
-    return METHODS[method](**settings)
+    return config_class(method)(**settings)
 
 
 def suited(objective: Any, method: str | None) -> str:
@@ -54,13 +59,12 @@ def suited(objective: Any, method: str | None) -> str:
     Raises:
       UserError: the model cannot be decoded so.
     """
-    fitting = SUITED.get(objective.kind, ()) if objective else tuple(METHODS)
-    if method is None and fitting:
+    fitting = SUITED[objective.kind] if objective else tuple(METHODS)
+    if method is None:
         return fitting[0]
-    if method not in fitting:
-        instead = f"decode it with {' or '.join(fitting)}" if fitting else "no method here decodes such a model"
+    if objective and method not in fitting:
         raise UserError(
-            f"A model of the objective {objective.kind!r} cannot be decoded with the method {method or '(any)'}: "
-            f"{instead}."
+            f"A model of the objective {objective.kind!r} cannot be decoded with the method {method}: decode it with "
+            f"{' or '.join(fitting)}."
         )
     return method
