@@ -3,8 +3,10 @@
 `REFUSION_TEST_PLATFORM=gpu python -m pytest -m gpu` runs the tests that need an NVIDIA GPU; elsewhere they are skipped.
 """
 
+import gc
 import os
 import pathlib
+import sys
 
 import pytest
 
@@ -33,6 +35,15 @@ def pytest_collection_modifyitems(items):
         for item in items:
             if item.get_closest_marker("gpu"):
                 item.add_marker(pytest.mark.skip(reason="needs an NVIDIA GPU and REFUSION_TEST_PLATFORM=gpu"))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def programs_are_let_go():
+    """Every compiled program holds memory maps, of which a process may have 65,530: one that runs all tests has more."""
+    yield
+    if jax := sys.modules.get("jax"):
+        jax.clear_caches()
+        gc.collect()
 
 
 @pytest.fixture(scope="session")
