@@ -1,28 +1,43 @@
 """A bucket on this machine, for tests of object storage."""
 
+import http.server
 import logging
+import os
 import threading
 
 import pytest
-from processes import free_port
+
+HOST = "127.0.0.1"  # not "localhost", which may be an address that nobody listens to
 
 
 @pytest.fixture(scope="session")
 def bucket():
-    """Address of an empty bucket, kept in memory by an emulator, which child processes find too."""
+    """Address of an empty bucket, kept in memory by an emulator, which child processes find too.
+
+    One for all modules: clients keep the server that they have found first. Nothing but the loopback is asked for
+    credentials or anything else.
+    """
     server_lib = pytest.importorskip("gcp_storage_emulator.server", reason="needs gcp-storage-emulator")
-    port = free_port()
-    address = f"http://localhost:{port}"
     with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(threading, "excepthook", lambda _: None)  # its threads complain of clients that have gone
+        patch.setattr(http.server.HTTPServer, "request_queue_size", 128)  # many processes ask at once
+        logging.getLogger("gcp_storage_emulator").setLevel(logging.CRITICAL)
+        say_generations(server_lib, patch)
+        server = server_lib.create_server(HOST, 0, in_memory=True, default_bucket="bucket")
+        server.start()
+        address = f"http://{HOST}:{server._api._httpd.server_port}"
         patch.setenv("STORAGE_EMULATOR_HOST", address)  # gcsfs
         patch.setenv("TENSORSTORE_GCS_HTTP_URL", address)
         patch.setenv("GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT", "false")  # else it asks Google what kind of bucket it is
+        for proxy in ("no_proxy", "NO_PROXY"):
+            patch.setenv(proxy, ",".join(filter(None, (os.environ.get(proxy), HOST))))
+        # Else both look for credentials in the home and on the network.
+        patch.setenv("FSSPEC_GS_TOKEN", "anon")
+        patch.setenv("GOOGLE_AUTH_TOKEN_FOR_TESTING", "none")
         pytest.importorskip("gcsfs", reason="needs gcsfs: pip install '.[gcs]'")
-        patch.setattr(threading, "excepthook", lambda _: None)  # its threads complain of clients that have gone
-        logging.getLogger("gcp_storage_emulator").setLevel(logging.CRITICAL)
-        say_generations(server_lib, patch)
-        server = server_lib.create_server("localhost", port, in_memory=True, default_bucket="bucket")
-        server.start()
+        import fsspec
+
+        patch.setitem(fsspec.config.conf, "gs", fsspec.config.conf.get("gs", {}) | {"token": "anon"})
         yield "gs://bucket"
         server.stop()
 

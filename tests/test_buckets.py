@@ -11,7 +11,6 @@ import time
 import micro
 import numpy as np
 import pytest
-from buckets import bucket  # noqa: F401
 from processes import finish, start, wait_for
 
 from refusion_jax import prepare, storage
@@ -25,7 +24,7 @@ STEPS = 12
 class Job:
     """Trains the micro config on one device with its data in the bucket, a checkpoint every second step."""
 
-    def __init__(self, folder: pathlib.Path, bucket: str):  # noqa: F811
+    def __init__(self, folder: pathlib.Path, bucket: str):
         self.folder, self.bucket = folder, bucket
         micro.write_examples(folder / "data.json")
         config = from_config_dict(micro.get_config(f"data={folder / 'data.json'}"))
@@ -51,7 +50,7 @@ class Job:
 
 
 @pytest.fixture(scope="module")
-def job(tmp_path_factory, bucket):  # noqa: F811
+def job(tmp_path_factory, bucket):
     """With a run "whole" on the disk, never interrupted."""
     job = Job(tmp_path_factory.mktemp("buckets"), bucket)
     job.finish("whole", job.start("whole", job.folder / "whole" / "run"))

@@ -5,7 +5,6 @@ import json
 
 import numpy as np
 import pytest
-from buckets import bucket  # noqa: F401
 
 from refusion_jax import prepare as prepare_lib
 from refusion_jax import storage
@@ -27,7 +26,7 @@ def data(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def address(bucket, data):  # noqa: F811
+def address(bucket, data):
     """Of a store in the bucket."""
     assert prepare_lib.prepare(data, f"{bucket}/store", shard_bytes=3000)
     return f"{bucket}/store"
@@ -51,7 +50,7 @@ def test_a_store_in_a_bucket_is_the_same_as_on_a_disk(data, address, tmp_path):
             np.testing.assert_array_equal(values, far[i][name])
 
 
-def test_several_workers_fill_a_bucket_together(data, address, bucket):  # noqa: F811
+def test_several_workers_fill_a_bucket_together(data, address, bucket):
     done = [prepare_lib.prepare(data, f"{bucket}/other", worker=(n, 3), shard_bytes=3000) for n in (2, 0, 1)]
     assert done == [False, False, True] and contents(f"{bucket}/other") == contents(address)
 
@@ -113,7 +112,7 @@ def test_what_is_not_allowed_is_not_tried_again(monkeypatch):
     assert not pauses
 
 
-def test_a_bucket_that_is_not_there_is_named_before_anything_is_computed(data, bucket, monkeypatch):  # noqa: F811
+def test_a_bucket_that_is_not_there_is_named_before_anything_is_computed(data, bucket, monkeypatch):
     monkeypatch.setattr(prepare_lib, "begin", None)
     with pytest.raises(UserError, match="Cannot write to gs://nobody/store: .* Choose a --out that is there"):
         prepare_lib.prepare(data, "gs://nobody/store")
