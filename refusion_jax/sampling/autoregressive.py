@@ -8,9 +8,9 @@ import jax.numpy as jnp
 from flax import struct
 
 from refusion_jax.model.config import ModelConfig
-from refusion_jax.sampling.config import SamplerConfig, Settings
+from refusion_jax.sampling.config import SamplerConfig
 from refusion_jax.sampling.reduction import Query, Seen
-from refusion_jax.sampling.state import Canvas, Request
+from refusion_jax.sampling.state import BaseRow, Canvas, Request
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,14 +27,10 @@ class AutoregressiveConfig(SamplerConfig):
 
 
 @struct.dataclass
-class Row:
+class Row(BaseRow):
     """Where the decoding of a prompt stands."""
 
-    done: jax.Array
     prompt_length: jax.Array
-    key: jax.Array
-    settings: Settings
-    canvas: Canvas
     last: jax.Array  # the token before the open position, which is not in the cache yet
 
 
@@ -62,12 +58,10 @@ class Autoregressive:
     held_back: int = 1  # the prompt's last token is the first window
 
     def start(self, request: Request) -> Row:
-        return Row(
-            done=jnp.bool_(False),
+        return Row.begin(
+            request,
+            Canvas.empty(self.length, request.prompt_length - 1),
             prompt_length=request.prompt_length,
-            key=request.key,
-            settings=request.settings,
-            canvas=Canvas.empty(self.length, request.prompt_length - 1),
             last=request.last_token,
         )
 

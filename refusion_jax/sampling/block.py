@@ -20,10 +20,10 @@ from flax import struct
 from refusion_jax.errors import UserError
 from refusion_jax.model.config import ModelConfig
 from refusion_jax.sampling import masked_select
-from refusion_jax.sampling.config import SamplerConfig, Settings, setting
+from refusion_jax.sampling.config import SamplerConfig, setting
 from refusion_jax.sampling.masked_select import Question, Scores
 from refusion_jax.sampling.reduction import at_most_p
-from refusion_jax.sampling.state import Canvas, Request, first, select
+from refusion_jax.sampling.state import BaseRow, Canvas, Request, first, select
 
 MAX_BLOCK = 256  # a prompt is forwarded in chunks of at most so many tokens, which have to be whole blocks
 COUNTED = ("sequential", "static", "dynamic")  # where a schedule says how many tokens a forward decides
@@ -183,14 +183,10 @@ def linear_t(tokens: int, steps: int) -> np.ndarray:
 
 
 @struct.dataclass
-class Row:
+class Row(BaseRow):
     """Where the decoding of a prompt stands."""
 
-    done: jax.Array
     prompt_length: jax.Array
-    key: jax.Array
-    settings: Settings
-    canvas: Canvas
     start: jax.Array  # position of the block's first token
     tokens: jax.Array  # [M] of the block
     open: jax.Array  # [M] bool: still masks
@@ -268,12 +264,10 @@ class Block:
     def start(self, request: Request) -> Row:
         known = jnp.int32(0) if self.from_answer else request.prompt_length % self.window
         start, zero = request.prompt_length - known, jnp.int32(0)
-        row = Row(
-            done=jnp.bool_(False),
+        row = Row.begin(
+            request,
+            Canvas.empty(self.length, start),
             prompt_length=request.prompt_length,
-            key=request.key,
-            settings=request.settings,
-            canvas=Canvas.empty(self.length, start),
             start=start,
             tokens=request.own.get("tail", jnp.zeros(self.window, jnp.int32)),
             open=jnp.arange(self.window) >= known,

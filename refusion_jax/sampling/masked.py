@@ -25,7 +25,7 @@ from refusion_jax.sampling.config import Settings
 from refusion_jax.sampling.dllm_cache import Features, Refresh
 from refusion_jax.sampling.masked_select import KEEP_FLOOR, LINEAR_T, Question, Scores
 from refusion_jax.sampling.masked_settings import MaskedSettings
-from refusion_jax.sampling.state import Canvas, Request, first, select
+from refusion_jax.sampling.state import BaseRow, Canvas, Request, first, select
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,15 +76,11 @@ class MaskedConfig(MaskedSettings):
 
 
 @struct.dataclass
-class Row:
+class Row(BaseRow):
     """Where the decoding of a prompt stands."""
 
-    done: jax.Array
     prompt: jax.Array  # [S] ids by position
     prompt_length: jax.Array
-    key: jax.Array
-    settings: Settings
-    canvas: Canvas
     block: jax.Array
     step: jax.Array  # forwards of this block so far
     refused: jax.Array  # tokens that forwards were allowed to decide and did not
@@ -152,13 +148,11 @@ class Masked:
 
     def start(self, request: Request) -> Row:
         zero = jnp.int32(0)
-        return Row(
-            done=jnp.bool_(False),
+        return Row.begin(
+            request,
+            Canvas.empty(self.length, zero),
             prompt=request.prompt,
             prompt_length=request.prompt_length,
-            key=request.key,
-            settings=request.settings,
-            canvas=Canvas.empty(self.length, zero),
             block=zero,
             step=zero,
             refused=zero,

@@ -192,13 +192,11 @@ class PlanAndInfill:
     def start(self, request: Request) -> Row:
         n, k = self.slots, self.slot_size
         closed = jnp.zeros(n * self.blocks, bool)
-        return Row(
-            done=jnp.bool_(False),
+        return Row.begin(
+            request,
+            Canvas.empty(self.length, request.prompt_length),
             positions=request.own.get("positions", jnp.arange(self.length)),
             holes=request.own.get("holes", jnp.zeros(n * self.blocks, jnp.int32)),
-            key=request.key,
-            settings=request.settings,
-            canvas=Canvas.empty(self.length, request.prompt_length),
             phase=jnp.int32(PLAN),
             block=jnp.int32(0),
             round=jnp.int32(0),

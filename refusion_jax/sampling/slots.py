@@ -3,21 +3,16 @@
 import jax
 from flax import struct
 
-from refusion_jax.sampling.config import Settings
 from refusion_jax.sampling.reduction import Query
-from refusion_jax.sampling.state import Canvas
+from refusion_jax.sampling.state import BaseRow
 
 
 @struct.dataclass
-class Row:
+class Row(BaseRow):
     """Where the decoding of a prompt stands. Slots are numbered within the block."""
 
-    done: jax.Array
     positions: jax.Array  # [slots of the answer * k] in the text, of every place of the canvas
     holes: jax.Array  # [slots of the answer] number of the hole that a slot lies in; a plain answer is one
-    key: jax.Array
-    settings: Settings
-    canvas: Canvas
     phase: jax.Array
     block: jax.Array
     round: jax.Array  # plans used so far

@@ -28,10 +28,10 @@ from flax import struct
 
 from refusion_jax.errors import UserError
 from refusion_jax.model.config import ModelConfig
-from refusion_jax.sampling.config import SamplerConfig, Settings, setting
+from refusion_jax.sampling.config import SamplerConfig, setting
 from refusion_jax.sampling.plan_and_infill import CPU_FREE_TOKENS, FREE_TOKENS
 from refusion_jax.sampling.reduction import Query, Seen
-from refusion_jax.sampling.state import Canvas, Request, first, select
+from refusion_jax.sampling.state import BaseRow, Canvas, Request, first, select
 
 LOOKUP_TOKENS = 1024  # the end of a prompt that look-up knows
 LOOKUP_SURE = 0.8  # what a token of look-up counts as when the likely ends of a draft are chosen
@@ -115,14 +115,10 @@ class SpeculativeConfig(SamplerConfig):
 
 
 @struct.dataclass
-class Row:
+class Row(BaseRow):
     """Where the decoding of a prompt stands."""
 
-    done: jax.Array
     prompt_length: jax.Array
-    key: jax.Array
-    settings: Settings
-    canvas: Canvas
     tail: jax.Array  # [tail] end of the prompt, -1 before its begin
     last: jax.Array  # the token before the open position, which is not in the cache yet
     draft: jax.Array  # [d] ids behind it
@@ -166,12 +162,10 @@ class Speculative:
 
     def start(self, request: Request) -> Row:
         d = self.draft_length
-        row = Row(
-            done=jnp.bool_(False),
+        row = Row.begin(
+            request,
+            Canvas.empty(self.length, request.prompt_length - 1),
             prompt_length=request.prompt_length,
-            key=request.key,
-            settings=request.settings,
-            canvas=Canvas.empty(self.length, request.prompt_length - 1),
             tail=request.own.get("tail", jnp.full(self.tail, -1)),
             last=request.last_token,
             draft=jnp.zeros(d, jnp.int32),

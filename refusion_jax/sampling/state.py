@@ -76,12 +76,29 @@ class Canvas:
 
 
 @struct.dataclass
-class State:
-    """A batch being decoded.
+class BaseRow:
+    """Where the decoding of a prompt stands: what the rows of all samplers have.
 
-    `rows` is the sampler's own struct with a leading batch axis on every leaf; it has at least `done` [batch] bool,
-    `settings` and `canvas`.
+    Attributes:
+      done: bool, the answer is complete, or there is none.
+      key, settings: of its request.
+      canvas: the answer so far.
     """
+
+    done: jax.Array
+    key: jax.Array
+    settings: Settings
+    canvas: Canvas
+
+    @classmethod
+    def begin(cls, request: Request, canvas: Canvas, **own: Any) -> "BaseRow":
+        """A row with nothing decided; `own`: the fields that its sampler adds."""
+        return cls(jnp.bool_(False), request.key, request.settings, canvas, **own)
+
+
+@struct.dataclass
+class State:
+    """A batch being decoded; `rows` is the sampler's own row, a `BaseRow`, with a leading batch axis on every leaf."""
 
     cache: KVCache
     rows: Any
