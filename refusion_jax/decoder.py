@@ -66,7 +66,15 @@ class Decoder:
 
     @classmethod
     def load(
-        cls, checkpoint: str, *, step: int | None = None, dtype: str = "", mesh: str = "1,1,1", tokenizer: str = ""
+        cls,
+        checkpoint: str,
+        *,
+        step: int | None = None,
+        dtype: str = "",
+        mesh: str = "1,1,1",
+        tokenizer: str = "",
+        context_length: int = 0,
+        trained_length: int = 0,
     ) -> "Decoder":
         """Reads a checkpoint.
 
@@ -77,14 +85,25 @@ class Decoder:
           mesh: sizes of the mesh axes data,fsdp,tensor: rows over data x fsdp, weights over tensor; one may be -1: the
             rest.
           tokenizer: a name, a folder or "bytes"; empty: the checkpoint's own.
+          context_length: tokens of prompt and answer that the rotary base is scaled for; 0: as the checkpoint says.
+          trained_length: the length that the model was trained for, which it is scaled from; 0: as the checkpoint says.
 
         Raises:
-          UserError: no such checkpoint, damaged files, no tokenizer, or a mesh that does not fit.
+          UserError: no such checkpoint, damaged files, no tokenizer, a mesh that does not fit, or lengths between which
+            nothing can be scaled.
         """
         run = run_config(checkpoint, step)
         objective = of_kind(OBJECTIVES, run.get("objective") or {}, "config.objective") if run else None
         dtype = dtype or ("float32" if jax.default_backend() == "cpu" else "bfloat16")
         model = dataclasses.replace(load.load_model_config(checkpoint, step), dtype=dtype)
+        if context_length or trained_length:
+            model = dataclasses.replace(
+                model,
+                max_position_embeddings=context_length or model.max_position_embeddings,
+                original_max_position_embeddings=trained_length
+                or model.original_max_position_embeddings
+                or model.max_position_embeddings,
+            )
         words = load_tokenizer(tokenizer) if tokenizer else load.load_tokenizer_for(checkpoint, step)
         model = load.with_tokenizer(model, words, checkpoint)
         devices = parse_mesh(mesh)
@@ -231,6 +250,16 @@ def add_model_arguments(parser: argparse.ArgumentParser, required: bool = True) 
         metavar="DATA,FSDP,TENSOR",
         help="rows over data x fsdp, weights over tensor; one may be -1 (the rest)",
     )
+    parser.add_argument(
+        "--context-length",
+        type=int,
+        default=0,
+        metavar="N",
+        help="tokens of prompt and answer, more than the model was trained for: scales its rotary base (NTK)",
+    )
+    parser.add_argument(
+        "--trained-length", type=int, default=0, metavar="N", help="that it was trained for; default: what it says"
+    )
 
 
 def add_sampler_arguments(parser: argparse.ArgumentParser) -> None:
@@ -273,6 +302,8 @@ def decoder_of(arguments: argparse.Namespace) -> Decoder:
         dtype=arguments.dtype,
         mesh=arguments.mesh,
         tokenizer=arguments.tokenizer,
+        context_length=arguments.context_length,
+        trained_length=arguments.trained_length,
     )
 
 

@@ -1,5 +1,6 @@
 """The command line of decoding and the tools around it, on a random byte-level model in a run's folder."""
 
+import argparse
 import dataclasses
 import io
 import json
@@ -98,6 +99,16 @@ def test_several_devices_give_the_answers_of_one(checkpoint, answers):
     """Rows over data and fsdp, weights over tensor, read by every device as its own part of them."""
     spread = decoder_lib.Decoder.load(checkpoint, mesh="2,2,2").generate(QUERIES, batch_size=4, **SETTINGS)
     assert spread == answers
+
+
+def test_a_model_decodes_longer_texts_with_a_scaled_base(checkpoint):
+    flags = argparse.ArgumentParser()
+    decoder_lib.add_model_arguments(flags)
+    lengths = ["--context-length", "256", "--trained-length", "64"]
+    model = decoder_lib.decoder_of(flags.parse_args(["--checkpoint", checkpoint, *lengths])).model
+    assert (model.max_position_embeddings, model.rope_factor) == (256, 3)
+    with pytest.raises(UserError, match="original_max_position_embeddings = 128 .*max_position_embeddings = 100"):
+        decoder_lib.Decoder.load(checkpoint, context_length=100)
 
 
 @pytest.mark.parametrize(

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from flax import linen as nn
 from forward import forward, forward_window, logits
+from oracle import numpy_qwen3
 
 from refusion_jax.checkpoint import load
 from refusion_jax.errors import UserError
@@ -261,6 +262,40 @@ def test_rotary_embeddings_at_32000_positions_equal_float64():
     np.testing.assert_allclose(layers.rotate(x, (cos, sin)), expected, atol=0.02)
 
 
+@pytest.mark.parametrize(
+    "theta, trained, lengths, factors",
+    [
+        (5e5, 4096, (4096, 8192, 16384, 24576, 32768), (1, 4, 14, 31, 55)),  # LLaDA 8B
+        (5e5, 8192, (16384, 32768), (4, 13)),  # Llama 3 8B
+        (1e6, 2048, (4096,), (5,)),  # Dream 7B
+    ],
+)
+def test_factors_of_the_rotary_base_are_the_published_ones(theta, trained, lengths, factors):
+    """Those of LongLLaDA's experiments; and each is the least with which what did not turn before does not turn now."""
+    large = dataclasses.replace(TINY, head_dim=128, rope_theta=theta, original_max_position_embeddings=trained)
+    found = [dataclasses.replace(large, max_position_embeddings=length).rope_factor for length in lengths]
+    assert found == list(factors)
+    period = lambda base: 2 * np.pi * base ** (np.arange(0, 128, 2) / 128)
+    turned = np.sum(period(theta) <= trained)
+    for length in lengths:
+        assert next(k for k in range(1, 100) if period(k * theta)[turned] >= length) == factors[lengths.index(length)]
+
+
+def test_a_model_for_longer_texts_is_the_one_with_a_larger_base(params):
+    tokens, positions = random_tokens(1, 12), ascending(1, 12) * 20
+    trained = dataclasses.replace(TINY, rope_theta=100.0, max_position_embeddings=64)
+    same = dataclasses.replace(trained, original_max_position_embeddings=64)
+    scaled = dataclasses.replace(same, max_position_embeddings=256)
+    # Three of the four pairs of a head, of periods 6, 20, 63 and 199, turn in 64 tokens; twice the base gives 334.
+    assert scaled.rope_factor == 2
+    expected = numpy_qwen3(params, rope_theta=200.0)(tokens[0], positions[0], np.tri(12, dtype=bool))
+    found = jax.nn.softmax(logits(scaled, params, forward(scaled, params, tokens, positions))[0])
+    np.testing.assert_allclose(found, expected, atol=1e-5)
+    chex.assert_trees_all_equal(*(forward(config, params, tokens, positions) for config in (trained, same)))
+    exported = from_huggingface(to_huggingface(scaled))  # Hugging Face has one base, the one in use
+    assert (exported.rope_base, exported.max_position_embeddings) == (scaled.rope_base, 256)
+
+
 # --- Parameters and sizes.
 
 CHANGES_TREE = {
@@ -274,7 +309,13 @@ CHANGES_TREE = {
     "tie_embeddings": False,
     "quantise": "int8",
 }
-CHANGES_LOGITS = {"logical_vocab_size": 49, "rope_theta": 1e4, "rms_norm_eps": 1e-2, "dtype": "bfloat16"}
+CHANGES_LOGITS = {
+    "logical_vocab_size": 49,
+    "rope_theta": 1e4,
+    "original_max_position_embeddings": 2048,
+    "rms_norm_eps": 1e-2,
+    "dtype": "bfloat16",
+}
 CHANGES_NEITHER = {
     "max_position_embeddings": 64,
     "mask_token_id": 1,
@@ -382,6 +423,7 @@ def test_rope_theta_is_read_from_both_places(place, reference, tmp_path):
     [
         ({"model_type": "llama"}, "'llama'"),
         ({"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, "yarn"),
+        ({"rope_scaling": {"type": "dynamic", "factor": 4.0}}, "dynamic"),  # its base depends on the text's length
         ({"attention_bias": True}, "attention_bias"),
         ({"num_hidden_layers": None}, "num_hidden_layers"),
         ({"num_key_value_heads": 4}, "num_kv_heads = 4"),
@@ -413,6 +455,11 @@ def test_unreadable_config_files_are_named(tmp_path):
         {"num_layers": 0},
         {"hidden_size": -1},
         {"logical_vocab_size": 51},
+        {"rope_theta": 1.0},
+        {"original_max_position_embeddings": 40961},
+        {"original_max_position_embeddings": -1},
+        {"original_max_position_embeddings": 6},  # no angle turns in that
+        {"max_position_embeddings": 10**9, "original_max_position_embeddings": 7},
         {"dtype": "float16"},
         {"attention": "flash"},
         {"remat": "some"},
@@ -422,6 +469,6 @@ def test_unreadable_config_files_are_named(tmp_path):
     ids=str,
 )
 def test_impossible_models_are_refused_by_field(change):
-    (field,) = change
+    field = next(iter(change))
     with pytest.raises(UserError, match=rf"model\.{field}"):
         dataclasses.replace(TINY, **change)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 import pathlib
 from typing import Any
 
@@ -11,6 +12,7 @@ DTYPES = ("float32", "bfloat16")
 ATTENTION = ("auto", "xla", "cudnn", "splash")
 REMAT = ("none", "minimal", "full")
 QUANTISE = ("", "int8")
+LARGEST_FACTOR = 1e9  # of the rotary base
 SIZES = ("vocab_size", "hidden_size", "intermediate_size", "num_layers", "num_heads", "num_kv_heads", "head_dim")
 
 
@@ -21,6 +23,9 @@ class ModelConfig:
     `vocab_size` counts the rows of the embedding table; ids at or above `logical_vocab_size` are padding rows whose
     logits never enter a softmax or an argmax. Special ids are None where nobody has said what they are. `quantise` says
     what the matrices are stored as: "int8", each with a scale for every output channel, for decoding only; or empty.
+
+    `original_max_position_embeddings` is the length that a model was trained for where it is to be used, or trained on,
+    at the larger `max_position_embeddings`: the base of its rotary angles is then `rope_base`. 0: they are the same.
     """
 
     vocab_size: int
@@ -35,6 +40,7 @@ class ModelConfig:
     rope_theta: float = 1e6
     rms_norm_eps: float = 1e-6
     max_position_embeddings: int = 40960
+    original_max_position_embeddings: int = 0
     mask_token_id: int | None = None
     begin_token_id: int | None = None
     eos_token_id: int | None = None
@@ -59,6 +65,10 @@ class ModelConfig:
             )
         if self.head_dim % 2:
             raise UserError(f"model.head_dim = {self.head_dim} is odd; rotary embeddings need an even one.")
+        if self.rope_theta <= 1:
+            raise UserError(f"model.rope_theta is {self.rope_theta}; the base of rotary angles must be more than 1.")
+        if self.original_max_position_embeddings:
+            self._check_original()
         if self.logical_vocab_size > self.vocab_size:
             raise UserError(
                 f"model.logical_vocab_size = {self.logical_vocab_size} is larger than the table, model.vocab_size = "
@@ -76,6 +86,57 @@ class ModelConfig:
                     f"model.{name} = {value} is outside the vocabulary of {self.logical_vocab_size} ids; use the "
                     "tokenizer the model was made for."
                 )
+
+    def _check_original(self):
+        trained, length = self.original_max_position_embeddings, self.max_position_embeddings
+        if not 0 < trained <= length:
+            raise UserError(
+                f"model.original_max_position_embeddings = {trained} must be from 1 to model.max_position_embeddings = "
+                f"{length}: rotary angles are scaled for longer texts than those of training, not for shorter ones. "
+                "Raise the second, or set the first to 0 for angles as they are."
+            )
+        if not 0 < self._critical_dimension() <= self.head_dim:
+            least, most = math.ceil(2 * math.pi), math.floor(2 * math.pi * self.rope_theta)
+            raise UserError(
+                f"model.original_max_position_embeddings = {trained} gives no factor for model.rope_theta = "
+                f"{self.rope_theta:g}; it must be the length that the model was trained for, from {least} to {most}. "
+                "Set it to 0 for angles as they are."
+            )
+        if self._log_factor() > math.log(LARGEST_FACTOR):
+            raise UserError(
+                f"model.max_position_embeddings = {length} is too far beyond original_max_position_embeddings = "
+                f"{trained}: the rotary base would grow more than {LARGEST_FACTOR:g} times. Lower the first."
+            )
+
+    def _critical_dimension(self) -> int:
+        """Of head_dim, those whose rotary angles turn fully within the length of training."""
+        turns = math.log(self.original_max_position_embeddings / (2 * math.pi), self.rope_theta)
+        return 2 * math.ceil(self.head_dim / 2 * turns)
+
+    @property
+    def rope_factor(self) -> int:
+        """What `rope_theta` is multiplied by: 1, or the factor of NTK scaling for `max_position_embeddings`.
+
+        A model has seen all angles of the dimensions that turn fully within its training length T, and of the others a
+        part. The factor is such that the fastest of the others does not turn fully within the new length t either
+        (LongLLaDA, arXiv 2506.14429, after arXiv 2310.05209): with base b and head_dim d,
+
+            critical = 2 ceil(d / 2 log_b(T / 2 pi)),   factor = (t / 2 pi)^(d / critical) / b
+
+        rounded up, as in its experiments (LLaDA from 4096 tokens to 8192, 16384, 24576, 32768: 4, 14, 31, 55).
+        """
+        if not self.original_max_position_embeddings:
+            return 1
+        return max(1, math.ceil(math.exp(self._log_factor()) - 1e-9))
+
+    def _log_factor(self) -> float:
+        exponent = self.head_dim / self._critical_dimension()
+        return exponent * math.log(self.max_position_embeddings / (2 * math.pi)) - math.log(self.rope_theta)
+
+    @property
+    def rope_base(self) -> float:
+        """The base of the rotary angles."""
+        return self.rope_theta * self.rope_factor
 
     def architecture(self) -> dict[str, Any]:
         """The fields that the parameters' shapes and meaning depend on: what two checkpoints must agree on."""
@@ -208,7 +269,7 @@ def to_huggingface(config: ModelConfig, dtype: str = "float32") -> dict[str, Any
         "hidden_act": "silu",
         "max_position_embeddings": config.max_position_embeddings,
         "rms_norm_eps": config.rms_norm_eps,
-        "rope_theta": config.rope_theta,
+        "rope_theta": config.rope_base,  # all that its scaling changes; rope_scaling has no name for a fixed base
         "rope_scaling": None,
         "tie_word_embeddings": config.tie_embeddings,
         "attention_bias": False,

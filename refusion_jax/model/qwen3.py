@@ -50,7 +50,7 @@ class Qwen3(nn.Module):
         else:
             x = layers.scaled(embedding[tokens].astype(c.dtype), scale[tokens][..., None])
         x = nn.with_logical_constraint(x, ("batch", "length", "hidden"))
-        angles = layers.rotary_angles(positions, c.head_dim, c.rope_theta)
+        angles = layers.rotary_angles(positions, c.head_dim, c.rope_base)
 
         block = layers.Block
         if c.remat != "none":

@@ -136,7 +136,7 @@ def forward(
     answer_at = refresh.prompt_length[:, None] + jnp.arange(length)
     answer_at = jnp.where(jnp.arange(length) < refresh.limit[:, None], answer_at, size)
     norm = lambda p, x: layers.RMSNorm(model.rms_norm_eps).apply({"params": p}, x)
-    angles = lambda at: layers.rotary_angles(at, model.head_dim, model.rope_theta)
+    angles = lambda at: layers.rotary_angles(at, model.head_dim, model.rope_base)
     attention = layers.Attention(model)
 
     attended, transformed = list(cache.features.attention), list(cache.features.mlp)
