@@ -4,13 +4,16 @@ Credentials come from the environment, as the storage's own client finds them, a
 """
 
 import contextlib
+import io
 import os
+import pathlib
 import random
 import sys
+import tempfile
 import time
 import uuid
-from collections.abc import Callable
-from typing import TypeVar
+from collections.abc import Callable, Iterator
+from typing import BinaryIO, TypeVar
 
 import fsspec
 from etils import epath
@@ -19,6 +22,7 @@ from refusion_jax.errors import UserError
 
 ATTEMPTS = 6  # of a read or write in a bucket, with pauses between them of 0.5, 1, 2, 4 and 8 seconds
 FIRST_PAUSE = 0.5
+_AT_ONCE = 8 * 2**20  # bytes fetched by a reader that goes through a file
 Result = TypeVar("Result")
 for _kind in ("gs", "gcs", "s3"):  # other machines write there too: what a folder holds is asked for every time
     fsspec.config.conf.setdefault(_kind, {})["use_listings_cache"] = False
@@ -52,6 +56,80 @@ def read(path: epath.Path, start: int = 0, stop: int | None = None) -> bytes:
             return file.read() if stop is None else file.read(stop - start)
     system, name = _file_system(path)
     return patiently(lambda: system.cat_file(name, start or None, stop), f"Cannot read {path}")
+
+
+class _Ranges(io.RawIOBase):
+    """A file in a bucket, of which what is asked for is fetched."""
+
+    def __init__(self, path: str | os.PathLike):
+        self._path, self._size, self._at = path, *sizes([path]), 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        self._at = (0, self._at, self._size)[whence] + offset
+        return self._at
+
+    def readinto(self, buffer) -> int:
+        content = self._read(self._at + len(buffer))
+        buffer[: len(content)] = content
+        return len(content)
+
+    def readall(self) -> bytes:
+        return self._read(self._size)
+
+    def _read(self, stop: int) -> bytes:
+        stop = min(stop, self._size)
+        content = read(self._path, self._at, stop) if self._at < stop else b""
+        self._at += len(content)
+        return content
+
+
+def open_binary(path: str | os.PathLike) -> BinaryIO:
+    """Opens a file to read; one in a bucket is fetched in ranges, each of them as patiently as by `read`."""
+    return open(path, "rb") if is_local(path) else io.BufferedReader(_Ranges(path), _AT_ONCE)
+
+
+def stat(path: str | os.PathLike) -> tuple[int, int]:
+    """(bytes, time of the last change in nanoseconds) of a file.
+
+    Raises:
+      FileNotFoundError: there is no such file.
+      UserError: as `read`.
+    """
+    if is_local(path):
+        found = os.stat(path)
+        return found.st_size, found.st_mtime_ns
+    system, name = _file_system(path)
+    what = f"Cannot read {path}"
+    changed = patiently(lambda: system.modified(name), what).timestamp()
+    return patiently(lambda: system.info(name), what)["size"], int(changed * 1e9)
+
+
+def sizes(paths: list[str]) -> list[int]:
+    """Bytes of each file; all are of this machine, or all in buckets of one kind."""
+    if all(map(is_local, paths)):
+        return list(map(os.path.getsize, paths))
+    system, _ = _file_system(paths[0])
+    return patiently(lambda: system.sizes(paths), f"Cannot read {paths[0]}")
+
+
+def find(address: str, suffixes: tuple[str, ...]) -> list[str]:
+    """Files in buckets: the one of this address, those of this folder whose names end so, or those a glob matches."""
+    system, name = _file_system(address)
+    what = f"Cannot look into {address}"
+    try:
+        if patiently(lambda: system.info(name), what)["type"] == "file":
+            return [address]
+        found = [n for n in patiently(lambda: system.ls(name, detail=False), what) if n.endswith(suffixes)]
+    except FileNotFoundError:
+        matching = patiently(lambda: system.glob(name, detail=True), what)
+        found = [n for n, described in matching.items() if described["type"] == "file"]
+    return [system.unstrip_protocol(n) for n in sorted(found)]
 
 
 def write(path: epath.Path, content: bytes) -> None:
@@ -109,19 +187,32 @@ def upload(part: str, path: epath.Path) -> None:
     patiently(lambda: system.put_file(part, name), f"Cannot write {path}")
 
 
+@contextlib.contextmanager
+def filling(folder: epath.Path) -> Iterator[pathlib.Path]:
+    """Gives a local folder to fill: `folder` itself, or one whose files are then put into the bucket."""
+    if is_local(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        yield pathlib.Path(folder)
+        return
+    with tempfile.TemporaryDirectory() as scratch:
+        yield pathlib.Path(scratch)
+        for path in sorted(path for path in pathlib.Path(scratch).rglob("*") if path.is_file()):
+            upload(str(path), folder / str(path.relative_to(scratch)))
+
+
 def folder_bytes(folder: str | os.PathLike) -> int:
     """Size of all files under a folder."""
     paths = list(as_path(folder).iterdir())
     return sum(folder_bytes(path) if path.is_dir() else path.stat().length for path in paths)
 
 
-def copy_folder(source: str | os.PathLike, destination: epath.Path) -> None:
-    """Copies the files of a folder, which are few and small, from or to a bucket."""
+def copy_folder(source: str | os.PathLike, destination: epath.Path, suffixes: tuple[str, ...] = ("",)) -> None:
+    """Copies the files of a folder whose names end so, which are few and small, from or to a bucket."""
     source, destination = as_path(source), as_path(destination)
     for path in source.iterdir():
         if path.is_dir():
-            copy_folder(path, destination / path.name)
-        else:
+            copy_folder(path, destination / path.name, suffixes)
+        elif path.name.endswith(suffixes):
             destination.mkdir(parents=True, exist_ok=True)
             write(destination / path.name, read(path))
 

@@ -1,6 +1,12 @@
 """What is in a store of tokenised examples, all of it."""
 
+import gzip
+import json
+
 import numpy as np
+import pyarrow
+import pyarrow.parquet
+import zstandard
 
 
 def sequences(store) -> list[list[int]]:
@@ -24,3 +30,17 @@ def contents(folder) -> dict[str, bytes]:
         for path in sorted(folder.rglob("*"))
         if path.is_file() and path.suffix != ".lock" and not path.name.startswith(("content-", "checked"))
     }
+
+
+def write_all_kinds(folder) -> list[tuple[str, str]]:
+    """Writes the same examples, which are returned, as files of every kind."""
+    records = [{"query": f"q{i}", "response": "x" * (i % 50) + "é"} for i in range(500)]
+    lines = "\n\n".join(json.dumps(r, ensure_ascii=False) for r in records).encode()
+    (folder / "a.json").write_text(json.dumps(records))
+    (folder / "a.jsonl").write_bytes(lines)
+    (folder / "b.jsonl.gz").write_bytes(gzip.compress(lines))
+    compressor = zstandard.ZstdCompressor()
+    (folder / "c.jsonl.zst").write_bytes(compressor.compress(lines[:1000]) + compressor.compress(lines[1000:]))
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(records), folder / "a.parquet", row_group_size=70)
+    (folder / "a.txt").write_text("\n\n".join(r["response"] for r in records))
+    return [(r["query"], r["response"]) for r in records]

@@ -5,12 +5,15 @@ import json
 
 import numpy as np
 import pytest
+import stores
 
 from refusion_jax import prepare as prepare_lib
 from refusion_jax import storage
 from refusion_jax.config import DataConfig, SourceConfig
 from refusion_jax.data import store as store_lib
 from refusion_jax.data.pipeline import load_rows
+from refusion_jax.data.preparation import prepared
+from refusion_jax.data.sources import open_source
 from refusion_jax.data.tokenizers import load_tokenizer
 from refusion_jax.errors import UserError
 
@@ -133,3 +136,55 @@ def test_blocks_in_memory_are_bounded(data, address, monkeypatch):
         rows[i]
     held = [future.result().nbytes for future in store_lib._BLOCKS._held.values()]
     assert len(held) > 1 and sum(held) <= 15000 + max(held)
+
+
+# --- Raw data.
+
+
+@pytest.fixture(scope="module")
+def raw(bucket, tmp_path_factory):
+    """(folder, the same in the bucket)."""
+    folder = tmp_path_factory.mktemp("raw")
+    stores.write_all_kinds(folder)
+    storage.copy_folder(folder, storage.as_path(f"{bucket}/raw"))
+    return folder, f"{bucket}/raw"
+
+
+@pytest.mark.parametrize(
+    "name", ["a.json", "a.jsonl", "b.jsonl.gz", "c.jsonl.zst", "a.parquet", "a.txt", "*.jsonl*", ""]
+)
+def test_sources_in_buckets_are_those_on_a_disk(name, raw):
+    kind = {"json": "json", "parquet": "parquet", "txt": "text"}.get(name.rpartition(".")[2], "jsonl")
+    near, far = (open_source(SourceConfig(kind, f"{place}/{name}".rstrip("/"))) for place in raw)
+    assert far.key() == near.key() and len(far.paths) == len(near.paths)
+    units = near.units(1000)
+    assert far.units(1000) == units and len(far) == len(near)
+    for unit in units:
+        assert list(far.read(unit)) == list(near.read(unit))
+    assert [far[i] for i in (0, len(far) - 1)] == [near[i] for i in (0, len(near) - 1)]
+
+
+def test_a_large_source_in_a_bucket_is_known_by_samples(raw, monkeypatch):
+    monkeypatch.setattr("refusion_jax.data.files.HASHED_WHOLE", 1000)
+    near, far = (open_source(SourceConfig("jsonl", str(place))) for place in raw)
+    assert far.key() == near.key()
+
+
+def test_a_source_in_a_bucket_is_tokenised_once(raw, tmp_path, monkeypatch):
+    (source,) = [SourceConfig("jsonl", f"{raw[1]}/a.jsonl")]
+    store = prepared(open_source(source), TOKENIZER, tmp_path)
+    monkeypatch.setattr(storage, "open_binary", None)  # neither hashed nor read again
+    assert prepared(open_source(source), TOKENIZER, tmp_path).folder == store.folder
+
+
+def test_what_is_wrong_with_a_source_in_a_bucket_is_named(raw, bucket):
+    for path in (f"{bucket}/raw/d.jsonl", f"{bucket}/*.jsonl", "gs://nobody/raw"):
+        with pytest.raises(UserError, match=r"data source 'jsonl:gs://.*' is missing: there is nothing of that kind"):
+            open_source(SourceConfig("jsonl", path)).paths
+    storage.write(storage.as_path(f"{bucket}/bad/a.jsonl"), b'{"query": "a", "response": "b"}\n' * 99 + b"{")
+    source = open_source(SourceConfig("jsonl", f"{bucket}/bad"))
+    with pytest.raises(UserError, match=r"gs://bucket/bad/a.jsonl, line 100, column 2: malformed JSON"):
+        [example for unit in source.units(1000) for example in source.read(unit)]
+    storage.write(storage.as_path(f"{bucket}/records/a.array_record"), b"")
+    with pytest.raises(UserError, match="ArrayRecord files are read from folders only"):
+        open_source(SourceConfig("array_record", f"{bucket}/records")).units(1000)

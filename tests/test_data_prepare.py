@@ -265,25 +265,6 @@ def test_a_worker_out_of_range_is_named(given):
 # --- Sources are cut into units that together are the source.
 
 
-def write_all_kinds(folder):
-    import gzip
-
-    import pyarrow
-    import pyarrow.parquet
-    import zstandard
-
-    records = [{"query": f"q{i}", "response": "x" * (i % 50) + "é"} for i in range(500)]
-    lines = "\n\n".join(json.dumps(r, ensure_ascii=False) for r in records).encode()
-    (folder / "a.json").write_text(json.dumps(records))
-    (folder / "a.jsonl").write_bytes(lines)
-    (folder / "b.jsonl.gz").write_bytes(gzip.compress(lines))
-    compressor = zstandard.ZstdCompressor()
-    (folder / "c.jsonl.zst").write_bytes(compressor.compress(lines[:1000]) + compressor.compress(lines[1000:]))
-    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(records), folder / "a.parquet", row_group_size=70)
-    (folder / "a.txt").write_text("\n\n".join(r["response"] for r in records))
-    return [(r["query"], r["response"]) for r in records]
-
-
 @pytest.mark.parametrize("size", [7, 100, 4096, 10**9])
 @pytest.mark.parametrize(
     "kind, name, options",
@@ -297,7 +278,7 @@ def write_all_kinds(folder):
     ],
 )
 def test_units_are_the_whole_source_once(kind, name, options, size, tmp_path):
-    expected = write_all_kinds(tmp_path)
+    expected = stores.write_all_kinds(tmp_path)
     if kind == "text":
         expected = [(None, response) for _, response in expected]
     source = open_source(SourceConfig(kind, str(tmp_path / name), options=options))
@@ -320,7 +301,7 @@ def test_a_bad_line_is_named_wherever_its_unit_begins(tmp_path):
 
 
 def test_a_damaged_archive_is_named(tmp_path):
-    write_all_kinds(tmp_path)
+    stores.write_all_kinds(tmp_path)
     path = tmp_path / "b.jsonl.gz"
     path.write_bytes(path.read_bytes()[:-20])
     with pytest.raises(UserError, match=r"b\.jsonl\.gz is damaged"):

@@ -13,6 +13,7 @@ import zlib
 from collections.abc import Iterator
 from typing import BinaryIO
 
+from refusion_jax import storage
 from refusion_jax.data import stamps
 from refusion_jax.data.examples import Source, Unit, record_units, text_of
 from refusion_jax.errors import UserError
@@ -29,7 +30,10 @@ class FileSource(Source):
     @functools.cached_property
     def paths(self) -> list[str]:
         path = os.path.expanduser(self.config.path)
-        if os.path.isdir(path):
+        if not storage.is_local(path):
+            found = storage.find(path, self.suffixes)
+            expected = "there is nothing of that kind, or the environment's credentials may not read it"
+        elif os.path.isdir(path):
             found = sorted(
                 os.path.join(path, f) for f in os.listdir(path) if self.suffixes and f.endswith(self.suffixes)
             )
@@ -44,19 +48,15 @@ class FileSource(Source):
         if not found:
             raise UserError(
                 f"data source {self.name!r} is missing: {expected}. Give a file, a glob or a folder (relative to "
-                f"{os.getcwd()!r})."
+                f"{os.getcwd()!r}, or in a bucket)."
             )
         return found
-
-    @functools.cached_property
-    def _size(self) -> int:
-        return sum(map(os.path.getsize, self.paths))
 
     def _content_key(self, notes):
         if notes is None:
             return self._hash()
-        name = hashlib.blake2b("\n".join(map(os.path.abspath, self.paths)).encode(), digest_size=16).hexdigest()
-        note = notes / f"content-{name}.json"
+        places = "\n".join(str(storage.absolute(path)) for path in self.paths)
+        note = notes / f"content-{hashlib.blake2b(places.encode(), digest_size=16).hexdigest()}.json"
         known = stamps.recall(note, self.paths)
         if known is None:
             with stamps.locked(note.with_suffix(".lock")):  # of processes that start together one reads the files
@@ -68,21 +68,21 @@ class FileSource(Source):
         return known
 
     def units(self, size):
-        return [Unit(file, 0, os.path.getsize(path), os.path.getsize(path)) for file, path in enumerate(self.paths)]
+        return [Unit(file, 0, length, length) for file, length in enumerate(storage.sizes(self.paths))]
 
     def _hash(self) -> str:
         """Of all bytes; of terabytes, which are written once, of every file's size and 16 samples of it."""
-        digest = hashlib.blake2b(digest_size=16)
-        for path in self.paths:
+        digest, sizes = hashlib.blake2b(digest_size=16), storage.sizes(self.paths)
+        for path, size in zip(self.paths, sizes):
+            digest.update(f"{size} ".encode())
             try:
-                size = os.path.getsize(path)
-                digest.update(str(size).encode() + b" ")
-                with open(path, "rb") as file:
-                    if self._size > HASHED_WHOLE:
-                        for sample in range(16):
-                            file.seek(max(size - _SAMPLE, 0) * sample // 15)
-                            digest.update(file.read(_SAMPLE))
-                    while self._size <= HASHED_WHOLE and (block := file.read(1 << 22)):
+                if sum(sizes) > HASHED_WHOLE:
+                    starts = [max(size - _SAMPLE, 0) * sample // 15 for sample in range(16)]
+                    for start in starts:
+                        digest.update(storage.read(path, start, start + _SAMPLE))
+                    continue
+                with storage.open_binary(path) as file:
+                    while block := file.read(1 << 22):
                         digest.update(block)
             except OSError as error:
                 raise UserError(
@@ -108,7 +108,7 @@ class JsonSource(FileSource):
     def _load(self, file: int) -> list:
         path = self.paths[file]
         try:
-            with open(path, encoding="utf-8-sig") as stream:
+            with io.TextIOWrapper(storage.open_binary(path), "utf-8-sig") as stream:
                 content = json.load(stream)
         except json.JSONDecodeError as error:
             raise UserError(
@@ -210,14 +210,14 @@ def compressed(path: str) -> bool:
 def lines_of(path: str) -> Iterator[BinaryIO]:
     """Opens a file of lines, plain or compressed; a UserError names a damaged one."""
     try:
-        if path.endswith(".zst"):
-            with (
-                open(path, "rb") as file,
-                _zstandard(path).ZstdDecompressor().stream_reader(file, read_across_frames=True) as stream,
-            ):
-                yield io.BufferedReader(stream, 1 << 20)
-        else:
-            with gzip.open(path) if path.endswith(".gz") else open(path, "rb") as file:
+        with storage.open_binary(path) as file:
+            if path.endswith(".zst"):
+                with _zstandard(path).ZstdDecompressor().stream_reader(file, read_across_frames=True) as stream:
+                    yield io.BufferedReader(stream, 1 << 20)
+            elif path.endswith(".gz"):
+                with gzip.open(file) as stream:
+                    yield stream
+            else:
                 yield file
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:
         raise UserError(f"{path} is damaged: {error}. Fetch or write it again.") from error
@@ -232,7 +232,7 @@ def _zstandard(path: str):
 
 
 def _mapped(path: str):
-    if compressed(path):
+    if compressed(path) or not storage.is_local(path):
         with lines_of(path) as file:
             return file.read()
     with open(path, "rb") as file:
@@ -243,7 +243,7 @@ def _lines_before(path: str, start: int) -> int:
     """Lines of a file that begin before the first one that begins at byte `start` or behind."""
     if not start:
         return 0
-    with open(path, "rb") as file:
+    with storage.open_binary(path) as file:
         file.seek(start - 1)
         last = file.readline()
         end = start - 1 + len(last)
@@ -267,7 +267,7 @@ class TextSource(FileSource):
         separator = dict(self.config.options).get("separator")
         path = self.paths[file]
         try:
-            with open(path, encoding="utf-8") as stream:
+            with io.TextIOWrapper(storage.open_binary(path), "utf-8") as stream:
                 text = stream.read()
         except UnicodeDecodeError as error:
             raise UserError(f"{path} is not UTF-8 text ({error}). Convert it to UTF-8.") from error
@@ -295,7 +295,9 @@ class ParquetSource(FileSource):
         import pyarrow.parquet
 
         try:
-            file = pyarrow.parquet.ParquetFile(path, memory_map=True)
+            # A path, so that the file is mapped and closed with the last reference.
+            place = path if storage.is_local(path) else storage.open_binary(path)
+            file = pyarrow.parquet.ParquetFile(place, memory_map=True)
         except pyarrow.ArrowException as error:
             raise UserError(f"{path} cannot be read as a Parquet file: {error}. Write it again.") from error
         present = dict.fromkeys(file.schema_arrow.names, "")
@@ -348,6 +350,11 @@ class ArrayRecordSource(FileSource):
     def _records(self):
         from array_record.python.array_record_data_source import ArrayRecordDataSource
 
+        if not all(map(storage.is_local, self.paths)):
+            raise UserError(
+                f"data source {self.name!r} is in a bucket, and ArrayRecord files are read from folders only. Copy "
+                "them to one to prepare them, or give JSON lines or Parquet files."
+            )
         try:
             return ArrayRecordDataSource(self.paths)
         except Exception as error:

@@ -9,6 +9,8 @@ import uuid
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+from refusion_jax import storage
+
 
 def take(files: Sequence[str | os.PathLike]) -> list[list]:
     """Name, size and time of change of each file; to be taken before the files are read.
@@ -16,8 +18,7 @@ def take(files: Sequence[str | os.PathLike]) -> list[list]:
     Raises:
       OSError: a file is missing.
     """
-    stats = [(os.path.basename(path), os.stat(path)) for path in files]
-    return [[name, stat.st_size, stat.st_mtime_ns] for name, stat in stats]
+    return [[os.path.basename(path), *storage.stat(path)] for path in files]
 
 
 def remember(note: pathlib.Path, stamps: list[list], value: Any) -> None:

@@ -277,7 +277,7 @@ def load_tokenizer(spec: str) -> Tokenizer:
         return ByteTokenizer()
     if not storage.is_local(spec):
         with tempfile.TemporaryDirectory() as copy:
-            storage.copy_folder(spec, copy)
+            storage.copy_folder(spec, copy, (".json", ".txt", ".jinja", ".model"))  # not the weights beside them
             return load_tokenizer(copy)
     folder = pathlib.Path(spec).expanduser()
     if (folder / BYTES_FILE).exists():
