@@ -15,6 +15,7 @@ from jax.sharding import Mesh
 from refusion_jax import keys, lora
 from refusion_jax.config import Config, OptimizerConfig
 from refusion_jax.errors import UserError
+from refusion_jax.metrics import flops
 from refusion_jax.model.qwen3 import init_params, unstacked
 from refusion_jax.objective.common import Inputs, PackedBatch, token_losses, with_first_positions
 from refusion_jax.parallel import sharding
@@ -96,7 +97,7 @@ def train_step(
 
     Returns:
       The next state and float32 scalars: loss; NAME_loss and NAME_tokens of every term; examples, tokens (useful ones),
-      token_pairs (attended), grad_norm (before clipping), param_norm (after the update).
+      flops (operations needed), grad_norm (before clipping), param_norm (after the update).
     """
     inputs = config.objective.corrupt(keys.domain_key(config.seed, "corruption"), batch, config.model, state.step)
     inputs = with_first_positions(inputs, batch)
@@ -130,7 +131,7 @@ def train_step(
         **{f"{name}_tokens": jnp.sum(term.weights > 0, dtype=jnp.float32) for name, term in inputs.terms.items()},
         "examples": jnp.sum(batch.lengths > 0, dtype=jnp.float32),
         "tokens": jnp.sum(batch.lengths, dtype=jnp.float32),
-        "token_pairs": jnp.sum(lengths**2 if config.objective.bidirectional else lengths * (lengths + 1) / 2),
+        "flops": flops.train_flops(config.model, jax.tree.map(jnp.sum, config.objective.work(lengths))),
         "grad_norm": optax.tree.norm(grads),
         "param_norm": optax.tree.norm(params),
     }

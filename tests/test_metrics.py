@@ -76,6 +76,6 @@ def test_operations_are_counted_over_every_matrix(size):
     # half, three times.
     n, width = 4096, config.num_heads * config.head_dim
     attention = 3 * 2 * (2 * n * n * width / 2) * config.num_layers
-    assert flops.train_flops(config, n, n * (n + 1) / 2) == pytest.approx(
+    assert flops.train_flops(config, flops.Work(n, n, n * (n + 1) / 2)) == pytest.approx(
         6 * flops.matmul_params(config) * n + attention, rel=1e-3
     )

@@ -139,7 +139,6 @@ def test_mesh_and_accumulation_change_nothing(name):
     chex.assert_trees_all_close(split_gradient, gradient, rtol=1e-4, atol=1e-7)
     chex.assert_trees_all_close(split_end, end, atol=2e-4)
     chex.assert_trees_all_close(actual, expected, rtol=1e-4)
-    assert expected[0]["token_pairs"] == (test_step.uneven_batch().lengths.astype(float) ** 2).sum()
     assert all(metrics["mdm_tokens"] > 0 and np.isfinite(metrics["loss"]) for metrics in actual)
 
 

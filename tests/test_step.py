@@ -16,11 +16,13 @@ from refusion_jax import keys
 from refusion_jax import step as steps_lib
 from refusion_jax.config import Config, DataConfig, OptimizerConfig
 from refusion_jax.errors import UserError
+from refusion_jax.metrics import flops
 from refusion_jax.model import head
 from refusion_jax.model.config import ModelConfig
-from refusion_jax.model.qwen3 import init_params
+from refusion_jax.model.qwen3 import init_params, unstacked
 from refusion_jax.objective.autoregressive import Autoregressive
-from refusion_jax.objective.common import PackedBatch
+from refusion_jax.objective.common import PackedBatch, token_losses
+from refusion_jax.objective.methods import METHODS
 from refusion_jax.objective.refusion import Refusion
 from refusion_jax.parallel.mesh import make_mesh
 
@@ -60,6 +62,13 @@ def uneven_batch(seed=0, rows=ROWS, length=LENGTH):
             lengths[r, e], prompts[r, e] = prompt + response, prompt
     ids = rng.integers(0, 2**32, (rows, 6), dtype=np.uint32)
     return PackedBatch(rng.integers(0, 80, (rows, length)).astype(np.int32), prompts, lengths, ids)
+
+
+def whole_rows(rows):
+    """Rows of one example that fills them."""
+    lengths, prompts = np.full((rows, 1), LENGTH, np.int32), np.full((rows, 1), 4, np.int32)
+    tokens = np.random.default_rng(0).integers(0, 80, (rows, LENGTH)).astype(np.int32)
+    return PackedBatch(tokens, prompts, lengths, np.arange(rows, dtype=np.uint32)[:, None])
 
 
 def mesh_of(*shape):
@@ -115,11 +124,41 @@ def test_mesh_and_accumulation_change_nothing(split):
     chex.assert_trees_all_close(split_end, end, atol=2e-4)
 
 
+@pytest.mark.parametrize("method", ["refusion", "autoregressive", "llada", "d3pm", "sedd", "bd3", "dllm"])
+def test_work_is_counted_as_it_is_done(method):
+    """The tokens and the visible pairs that an objective makes of a batch; and XLA's operations for whole rows."""
+    objective = METHODS[method]
+    batch = uneven_batch(rows=8)
+    work = jax.tree.map(np.sum, objective.work(batch.lengths.astype(np.float32)))
+    corrupt = jax.jit(lambda batch: objective.corrupt(jax.random.key(0), batch, MODEL, 0))
+    inputs = corrupt(batch)
+    real, everywhere = inputs.context.segment_ids > 0, np.arange(inputs.tokens.shape[1])
+    seen = inputs.context.visible(everywhere, everywhere) & real[:, :, None] & real[:, None]
+    assert work == (real.sum(), real[:, : inputs.targets.shape[1]].sum(), seen.sum())
+
+    batch = whole_rows(2)
+    model = dataclasses.replace(MODEL, hidden_size=256, intermediate_size=512, head_dim=64, scan_layers=False)
+    inputs = jax.eval_shape(corrupt, batch)
+    params = jax.eval_shape(lambda key: unstacked(nn.unbox(init_params(model, key))), jax.random.key(0))
+
+    def loss(params, inputs):
+        losses = token_losses(model, objective, {"params": params}, inputs)
+        return sum(term.numerator(losses.loss) for term in inputs.terms.values())
+
+    counted = jax.jit(jax.grad(loss)).lower(params, inputs).cost_analysis()["flops"]
+    work = jax.tree.map(np.sum, objective.work(batch.lengths.astype(np.float32)))
+    work = work._replace(token_pairs=inputs.tokens.shape[0] * inputs.tokens.shape[1] ** 2)  # masked ones too
+    expected = flops.train_flops(model, work) + flops.recomputed_flops(model, work)
+    np.testing.assert_allclose(counted, expected, rtol=0.01)
+
+
 def test_metrics_are_those_of_the_batch():
     batch, (before, _, after, metrics) = uneven_batch(), run()
     first = metrics[0]
     assert first["tokens"] == batch.lengths.sum() and first["examples"] == (batch.lengths > 0).sum()
-    assert first["token_pairs"] == (batch.lengths.astype(float) * (batch.lengths + 1) / 2).sum()
+    pairs = (batch.lengths.astype(float) * (batch.lengths + 1) / 2).sum()
+    needed = flops.train_flops(MODEL, flops.Work(first["tokens"], first["tokens"], pairs))
+    np.testing.assert_allclose(first["flops"], needed, rtol=1e-6)
     assert 0 < first["ar_tokens"] and 0 < first["mdm_tokens"]
     assert first["ar_tokens"] + first["mdm_tokens"] < (batch.lengths - batch.prompt_lengths).sum()
     np.testing.assert_allclose(first["ar_loss"], np.log(83), rtol=0.1)  # random parameters know nothing

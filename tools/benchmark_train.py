@@ -68,7 +68,7 @@ def measure(config: Config, rows: pipeline.Rows, steps: int, profile: pathlib.Pa
     compile_seconds = time.perf_counter() - start
     memory = compiled.memory_analysis()
 
-    waited, tokens, pairs, metrics = 0.0, 0.0, 0.0, []
+    waited, tokens, needed, metrics = 0.0, 0.0, 0.0, []
     for step in range(-WARM_UP, steps):
         if step == 0:
             jax.block_until_ready(state)
@@ -87,10 +87,9 @@ def measure(config: Config, rows: pipeline.Rows, steps: int, profile: pathlib.Pa
         jax.profiler.stop_trace()
     for values in metrics:
         tokens += float(values["tokens"]) / steps
-        pairs += float(values["token_pairs"]) / steps
+        needed += float(values["flops"]) / steps
 
     corruption = jax.jit(lambda batch: config.objective.corrupt(jax.random.key(0), batch, config.model, 0))
-    needed = flops.train_flops(config.model, tokens, pairs)
     chip = flops.CHIPS.get(jax.devices()[0].device_kind)
     stats = jax.devices()[0].memory_stats() or {}
     result = {

@@ -25,6 +25,7 @@ sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import roofline
 from collectives import Collective, collective_list
 from flax import linen as nn
@@ -85,13 +86,13 @@ def train_program(config: Config, mesh: Mesh) -> tuple[jax.stages.Lowered, Work]
     batch = PackedBatch(
         array(length, jnp.int32), array(examples, jnp.int32), array(examples, jnp.int32), array(examples, jnp.uint32)
     )
-    tokens, pairs = rows * length, rows * length * (length + 1) / 2
-    needed = flops.train_flops(config.model, tokens, pairs)
-    again = flops.recomputed_flops(config.model, tokens, pairs)
+    done = flops.Work(*(rows * float(x) for x in config.objective.work(np.float32(length))))
+    needed = flops.train_flops(config.model, done)
+    again = flops.recomputed_flops(config.model, done)
     split, tensor = mesh.shape["data"] * mesh.shape["fsdp"], mesh.shape["tensor"]
-    moved = roofline.train_bytes(config.model, tokens / split, config.accumulation, mesh.shape["fsdp"] * tensor, tensor)
+    moved = roofline.train_bytes(config.model, done, split, config.accumulation, mesh.shape["fsdp"] * tensor, tensor)
     work = Work(
-        tokens,
+        rows * length,
         needed,
         (needed + again) / mesh.size,
         moved,

@@ -7,16 +7,17 @@ import numpy as np
 from collectives import Collective
 from jax.sharding import Mesh
 
-from refusion_jax.metrics.flops import CHIPS, Chip
+from refusion_jax.metrics.flops import CHIPS, Chip, Work
 from refusion_jax.model.config import ModelConfig
 
 
-def train_bytes(config: ModelConfig, tokens: float, microbatches: int, shards: int, tensor: int) -> float:
+def train_bytes(config: ModelConfig, work: Work, split: int, microbatches: int, shards: int, tensor: int) -> float:
     """Bytes that one device's memory moves in a training step, by formula.
 
     Args:
       config: the model; bfloat16 compute over float32 parameters and AdamW state.
-      tokens: of the step on one device.
+      work: of the step on all devices.
+      split: parts that its rows are in.
       microbatches: times the weights are gathered anew.
       shards: devices that share the parameters (fsdp x tensor).
       tensor: devices that share one matrix product.
@@ -29,7 +30,8 @@ def train_bytes(config: ModelConfig, tokens: float, microbatches: int, shards: i
     layer = 6 * d + (4 * c.num_heads * h + 6 * c.num_kv_heads * h + 6 * c.intermediate_size) / tensor
     passes = 3 if c.remat == "none" else 4  # forward, again, and two products per product backward
     logits = 4 * 6 * c.vocab_size / tensor
-    return optimizer + microbatches * weights + tokens * (2 * passes * c.num_layers * layer + logits)
+    tokens = work.tokens * 2 * passes * c.num_layers * layer + work.head_tokens * logits
+    return optimizer + microbatches * weights + tokens / split
 
 
 def axis_bandwidth(mesh: Mesh, axes: tuple[str, ...], chip: Chip) -> float:

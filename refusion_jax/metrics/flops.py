@@ -4,6 +4,7 @@ A formula, because XLA's own count sees the body of a scan over layers once.
 """
 
 import dataclasses
+from typing import NamedTuple
 
 from refusion_jax.model.config import ModelConfig
 
@@ -74,25 +75,34 @@ def matmul_params(config: ModelConfig) -> int:
     return config.num_layers * layer + config.vocab_size * d
 
 
-def train_flops(config: ModelConfig, tokens: float, token_pairs: float) -> float:
-    """Operations of one training step: 6 per matrix parameter and token, and 12 per attended pair, head and head_dim.
+class Work(NamedTuple):
+    """What a training step puts through the model; numbers, or arrays of one shape.
 
-    Args:
-      config: the model.
-      tokens: tokens that count (no padding).
-      token_pairs: (query, key) pairs that attend: the sum over examples of n (n + 1) / 2, or of n^2 if bidirectional.
+    Attributes:
+      tokens: through the layers; no padding.
+      head_tokens: through the head.
+      token_pairs: (query, key) pairs that attend.
     """
-    return (
-        6 * matmul_params(config) * tokens + 12 * config.num_layers * config.num_heads * config.head_dim * token_pairs
-    )
+
+    tokens: float
+    head_tokens: float
+    token_pairs: float
 
 
-def recomputed_flops(config: ModelConfig, tokens: float, token_pairs: float) -> float:
+def train_flops(config: ModelConfig, work: Work) -> float:
+    """Operations of a training step: 6 per matrix parameter and token, and 12 per attended pair, head and head_dim."""
+    head = config.vocab_size * config.hidden_size
+    layers = float(matmul_params(config) - head)
+    pairs = 12.0 * config.num_layers * config.num_heads * config.head_dim * work.token_pairs
+    return 6.0 * layers * work.tokens + 6.0 * head * work.head_tokens + pairs
+
+
+def recomputed_flops(config: ModelConfig, work: Work) -> float:
     """Operations that a training step does a second time: the loss's logits, and what `config.remat` does not keep."""
     d, f, n, h = config.hidden_size, config.intermediate_size, config.num_heads, config.head_dim
-    head = 2 * config.vocab_size * d * tokens
-    attention = 4 * config.num_layers * n * h * token_pairs
-    layers = 2 * (matmul_params(config) - config.vocab_size * d) * tokens
-    down = 2 * config.num_layers * d * f * tokens  # a layer's last matrix: its product is nobody's input again
-    projections = 2 * config.num_layers * (d * n * h + 2 * d * config.num_kv_heads * h) * tokens
+    head = 2 * config.vocab_size * d * work.head_tokens
+    attention = 4 * config.num_layers * n * h * work.token_pairs
+    layers = 2 * (matmul_params(config) - config.vocab_size * d) * work.tokens
+    down = 2 * config.num_layers * d * f * work.tokens  # a layer's last matrix: its product is nobody's input again
+    projections = 2 * config.num_layers * (d * n * h + 2 * d * config.num_kv_heads * h) * work.tokens
     return head + {"none": 0, "minimal": layers - down - projections, "full": layers - down + attention}[config.remat]

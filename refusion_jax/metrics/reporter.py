@@ -29,7 +29,7 @@ class Reporter:
 
     def restart(self) -> None:
         """Starts to count anew, leaving out the time of evaluations and checkpoints."""
-        self._start, self._steps, self._tokens, self._pairs, self._waited = time.perf_counter(), 0, 0.0, 0.0, 0.0
+        self._start, self._steps, self._tokens, self._flops, self._waited = time.perf_counter(), 0, 0.0, 0.0, 0.0
 
     @contextlib.contextmanager
     def waiting(self) -> Iterator[None]:
@@ -56,7 +56,7 @@ class Reporter:
         check_finite(step, values, self._workdir)
         self._steps += 1
         self._tokens += values["tokens"]
-        self._pairs += values.pop("token_pairs")
+        self._flops += values.pop("flops")
         if step % self._config.log_every == 0 or step == self._total:
             record = {**values, "lr": float(self._rates[step - 1]), **self._speed()}
             self._metrics.write(step, "train", record)
@@ -79,8 +79,7 @@ class Reporter:
             "input_wait": self._waited / elapsed,
         }
         if self._chip:
-            work = flops.train_flops(self._config.model, self._tokens, self._pairs)
-            speed["mfu"] = work / elapsed / (self._chip.peak_flops * jax.device_count())
+            speed["mfu"] = self._flops / elapsed / (self._chip.peak_flops * jax.device_count())
         return speed
 
 

@@ -6,6 +6,7 @@ from typing import ClassVar
 import jax
 import jax.numpy as jnp
 
+from refusion_jax.metrics.flops import Work
 from refusion_jax.model.attention import Packed
 from refusion_jax.model.config import ModelConfig
 from refusion_jax.objective.common import Inputs, PackedBatch, Term, TokenLoss, cross_entropy, layout
@@ -36,6 +37,9 @@ class Autoregressive:
             targets=jnp.where(has_target, jnp.roll(batch.tokens, -1, axis=1), 0),
             terms={"ar": Term(weights, jnp.sum(weights), jnp.float32(1))},
         )
+
+    def work(self, lengths: jax.Array) -> Work:
+        return Work(lengths, lengths, lengths * (lengths + 1) / 2)
 
     def per_token(self, model: ModelConfig, logits: jax.Array, targets: jax.Array) -> TokenLoss:
         return cross_entropy(logits, targets)

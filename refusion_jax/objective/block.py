@@ -16,6 +16,7 @@ import jax.numpy as jnp
 from flax import struct
 
 from refusion_jax.errors import UserError
+from refusion_jax.metrics.flops import Work
 from refusion_jax.model.attention import TwoStream
 from refusion_jax.model.config import ModelConfig
 from refusion_jax.objective.common import (
@@ -128,6 +129,12 @@ class Block:
           step: does not matter here.
         """
         return self.inputs(batch, model, self.draw(key, batch))
+
+    def work(self, lengths: jax.Array) -> Work:
+        """Two streams, of which one goes through the head. A token of either sees all up to its block's end."""
+        whole, rest = jnp.floor(lengths / self.block_size), lengths % self.block_size
+        seen = self.block_size**2 * whole * (whole + 1) / 2 + rest * lengths
+        return Work(2 * lengths, lengths, 2 * seen)
 
     def per_token(self, model: ModelConfig, logits: jax.Array, targets: jax.Array) -> TokenLoss:
         return cross_entropy(without_mask(model, logits) if self.softmax == "subs" else logits, targets)

@@ -7,6 +7,8 @@ An objective is a frozen dataclass whose fields are its settings (`config.object
                                                     it is there, is a fourth argument
     needs_mask_token                                whether the model must have a mask token
     bidirectional                                   whether a token sees what comes after it in its example
+    work(lengths) -> Work                           what an example of so many tokens puts through the model, for each
+                                                    of lengths, float32 of any shape
 
 The loss is the sum over terms of scale * sum(weights * loss of the token) / max(denominator, 1).
 """

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from flax import struct
 
 from refusion_jax.errors import UserError
+from refusion_jax.metrics.flops import Work
 from refusion_jax.model.attention import Packed
 from refusion_jax.model.config import ModelConfig
 from refusion_jax.objective import spindle
@@ -135,6 +136,11 @@ class Masked:
           step: of the optimizer; matters to `anneal_steps` only.
         """
         return self.inputs(batch, model, self.draw(key, batch, step))
+
+    def work(self, lengths: jax.Array) -> Work:
+        """While attention is annealed, as if it were not."""
+        rows = 2 if self.loss == "d3pm" else 1
+        return Work(rows * lengths, rows * lengths, rows * lengths**2)
 
     def per_token(
         self, model: ModelConfig, logits: jax.Array, targets: jax.Array, level: jax.Array | None = None

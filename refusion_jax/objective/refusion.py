@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from flax import struct
 
 from refusion_jax.errors import UserError
+from refusion_jax.metrics.flops import Work
 from refusion_jax.model.attention import Packed
 from refusion_jax.model.config import ModelConfig
 from refusion_jax.objective.common import (
@@ -91,6 +92,9 @@ class Refusion:
             raise UserError(
                 f"objective.causal_share is {self.causal_share}; it is a share of the examples, between 0 and 1."
             )
+
+    def work(self, lengths: jax.Array) -> Work:
+        return Work(lengths, lengths, lengths * (lengths + 1) / 2)
 
     def corrupt(self, key: jax.Array, batch: PackedBatch, model: ModelConfig, step: jax.Array | float) -> Inputs:
         """Cuts responses into slots, masks some, permutes the clean ones and moves the masked ones behind them.

@@ -11,6 +11,7 @@ from typing import ClassVar
 import jax
 import jax.numpy as jnp
 
+from refusion_jax.metrics.flops import Work
 from refusion_jax.model.config import ModelConfig
 from refusion_jax.objective.common import Inputs, PackedBatch, TokenLoss, cross_entropy, without_mask
 from refusion_jax.objective.masked import Draws, Masked
@@ -45,6 +46,9 @@ class Sedd:
     def corrupt(self, key: jax.Array, batch: PackedBatch, model: ModelConfig, step: jax.Array | float) -> Inputs:
         """Masks tokens; arguments as in `Masked.corrupt`."""
         return self.corruption.corrupt(key, batch, model, step)
+
+    def work(self, lengths: jax.Array) -> Work:
+        return self.corruption.work(lengths)
 
     def draw(self, key: jax.Array, batch: PackedBatch) -> Draws:
         """All that is random, from (key, example id) alone."""
