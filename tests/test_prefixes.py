@@ -7,7 +7,14 @@ import pytest
 from sampling_cases import MODEL, random_params, random_prompts
 
 from refusion_jax.parallel.mesh import make_mesh
-from refusion_jax.sampling import AutoregressiveConfig, Engine, PlanAndInfillConfig, Prompt
+from refusion_jax.sampling import (
+    AutoregressiveConfig,
+    BlockConfig,
+    Engine,
+    MaskedConfig,
+    PlanAndInfillConfig,
+    Prompt,
+)
 from refusion_jax.sampling.prefixes import BLOCK
 
 pytestmark = pytest.mark.usefixtures("quick_compiles")
@@ -47,6 +54,15 @@ def test_answers_are_the_same_and_less_is_forwarded(method):
     assert kept.prefixes.found == BLOCK * (2 * 5 + 1 + 1) and without.prefixes.found == 0
     kept.prefixes.clear()
     assert decode(kept, config, PROMPTS[:2]) == expected[:2]
+
+
+@pytest.mark.parametrize("config", [MaskedConfig(4, steps=2), BlockConfig(4, block_size=4)], ids=lambda c: c.method)
+def test_nothing_is_kept_where_a_prompt_sees_what_is_behind(config):
+    """What such a prompt leaves in the cache depends on its end and on the answer."""
+    make = lambda blocks: Engine(PARAMS, MODEL, config, 2, max_prompt_length=300, prefix_blocks=blocks)
+    asked, plain = make(8), make(0)
+    assert decode(asked, config, PROMPTS[:3]) == decode(plain, config, PROMPTS[:3])
+    assert (asked.prefills, asked.prefixes.asked, asked.prefixes.found) == (plain.prefills, 0, 0)
 
 
 def test_what_was_used_last_is_kept():
