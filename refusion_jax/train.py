@@ -185,6 +185,7 @@ def open_data(
     Raises:
       UserError: `workdir` cannot be written, or bad data (`pipeline.load_rows`).
     """
+    orbax.check_folder_name(workdir)
     if storage.is_local(workdir):
         with writing(workdir):
             workdir.mkdir(parents=True, exist_ok=True)

@@ -5,6 +5,7 @@ import fcntl
 import json
 import os
 import resource
+import runpy
 import shutil
 import subprocess
 import sys
@@ -18,6 +19,7 @@ import safetensors.numpy
 from flax import linen as nn
 from forward import forward, logits
 
+from refusion_jax import storage
 from refusion_jax.checkpoint import convert, huggingface, load, orbax, stream
 from refusion_jax.data.tokenizers import load_tokenizer
 from refusion_jax.errors import UserError
@@ -263,6 +265,7 @@ def test_destination_that_exists(tmp_path):
 
 KILLED = """
 import os, sys
+from refusion_jax import storage
 from refusion_jax.checkpoint import convert, huggingface, safetensors, stream
 command, source, destination, where, count = *sys.argv[1:5], int(sys.argv[5])
 calls = 0
@@ -355,6 +358,69 @@ def test_damaged_checkpoint(tmp_path):
     with pytest.raises(UserError, match="cannot be read, 14 problems"):
         convert.to_huggingface(tmp_path / "orbax", tmp_path / "back", say=quiet)
     assert not list(tmp_path.glob("back*"))
+
+
+# --- In buckets.
+
+
+def test_there_and_back_in_a_bucket(bucket, repository, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(huggingface, "READ_BYTES", 10_000)  # of a table
+    source = micro(tmp_path / "source", tokenizer="bytes")
+    storage.copy_folder(source, storage.as_path(f"{bucket}/convert/source"))
+    far = {name: f"{bucket}/convert/{name}" for name in ("source", "orbax", "back")}
+    convert.to_orbax(far["source"], far["orbax"], say=quiet)
+    convert.to_huggingface(far["orbax"], far["back"], shard_bytes=20_000, say=quiet)
+    storage.copy_folder(far["back"], tmp_path / "back")
+    assert len(list((tmp_path / "back").glob("*.safetensors"))) > 1
+    assert_same_tensors(source, tmp_path / "back")
+    config, mesh = load.load_model_config(source), make_mesh(2, 2, 2)
+    near = load.load_params(source, config, mesh, sharding.TRAIN_RULES)
+    for place in far.values():
+        assert load.load_model_config(place) == config
+        assert load.load_tokenizer_for(place).fingerprint == "bytes-1"
+        assert load.fingerprint(place) == load.fingerprint(source)
+    for place in (far["source"], far["orbax"]):  # what `init_from` and `--checkpoint` do
+        chex.assert_trees_all_equal(load.load_params(place, config, mesh, sharding.TRAIN_RULES), near)
+    tool = runpy.run_path(str(repository / "tools" / "inspect_checkpoint.py"))
+    tool["inspect_huggingface"](load.locate(far["back"]), whole_config=False)
+    assert "model.layers.{}.mlp.gate_proj.weight" in capsys.readouterr().out
+    with pytest.raises(UserError, match="gs://bucket/convert/back exists already"):
+        convert.to_huggingface(far["orbax"], far["back"], say=quiet)
+
+
+@pytest.mark.parametrize("command", ["to_orbax", "to_huggingface"])
+def test_conversion_that_fails_in_a_bucket_leaves_no_checkpoint(command, bucket, tmp_path, monkeypatch):
+    source, result = micro(tmp_path / "source", tokenizer="bytes"), f"{bucket}/failed/{command}"
+    if command == "to_huggingface":
+        convert.to_orbax(source, tmp_path / "orbax", say=quiet)
+        source = tmp_path / "orbax"
+    seen = []
+
+    def fail(*_):
+        seen.append(storage.as_path(result).exists() and load.is_orbax(storage.as_path(result)))
+        raise OSError("the network is gone")
+
+    where = (huggingface.Weights, "read") if command == "to_orbax" else (storage, "upload")
+    monkeypatch.setattr(*where, fail)
+    with pytest.raises(UserError, match="the network is gone"):
+        getattr(convert, command)(source, result, say=quiet)
+    assert seen and not storage.as_path(result).exists()
+
+
+@pytest.mark.parametrize(
+    "destination, message",
+    [
+        ("gs://nobody/model", "Cannot write to gs://nobody/model"),
+        ("s3://bucket/model", r"s3://bucket/model cannot hold checkpoints: .*only those of Google's storage \(gs://\)"),
+    ],
+)
+def test_destination_that_cannot_be_is_named_before_anything_is_read(
+    bucket, tmp_path, monkeypatch, destination, message
+):
+    source = micro(tmp_path / "source")
+    monkeypatch.setattr(huggingface.Weights, "read", None)
+    with pytest.raises(UserError, match=message):
+        convert.to_orbax(source, destination, say=quiet)
 
 
 def test_commands(repository, tmp_path):

@@ -1,26 +1,22 @@
 """Hugging Face checkpoint -> Orbax checkpoint and back, a piece of a parameter in memory at a time.
 
-Values are copied or, when another dtype is asked for, rounded or quantised. The result appears under its name only when
-it is whole: until then it is in a folder `<name>.incomplete`.
+Values are copied or, when another dtype is asked for, rounded or quantised. Both may lie in buckets. The result appears
+under its name only when it is whole: until then it is in a folder `<name>.incomplete`, or in a bucket no checkpoint.
 """
 
-import contextlib
 import dataclasses
-import errno
-import fcntl
 import json
-import math
-import os
 import pathlib
 import shutil
-import time
-from collections.abc import Callable, Iterator
 from typing import Any
 
 import ml_dtypes
 import numpy as np
+from etils import epath
 
+from refusion_jax import storage
 from refusion_jax.checkpoint import huggingface, int8, load, orbax, safetensors, stream
+from refusion_jax.checkpoint.destination import Arrays, Progress, Say, free, new_folder, size_text
 from refusion_jax.config import LoraConfig
 from refusion_jax.data.tokenizers import Tokenizer, load_tokenizer
 from refusion_jax.errors import UserError
@@ -29,93 +25,6 @@ from refusion_jax.model.config import ModelConfig
 
 DTYPES = {"float32": np.dtype(np.float32), "bfloat16": np.dtype(ml_dtypes.bfloat16), "float16": np.dtype(np.float16)}
 TABLES = ("embed/embedding", "head/embedding")
-Say = Callable[[str], None]
-
-
-@contextlib.contextmanager
-def new_folder(destination: pathlib.Path, say: Say) -> Iterator[pathlib.Path]:
-    """A folder to fill, which gets the name `destination` when the block ends without an error.
-
-    Raises:
-      UserError: the destination exists, another process is writing it, or it cannot be written (a full disk, say).
-    """
-    if destination.exists():
-        raise UserError(f"{destination} exists already. Remove it, or choose another name for the result.")
-    partial = destination.with_name(destination.name + ".incomplete")
-    try:
-        if partial.exists():
-            with _locked(partial):
-                say(f"removing {partial}: an earlier conversion did not finish")
-                shutil.rmtree(partial)
-        partial.mkdir(parents=True)
-        with _locked(partial):
-            yield partial
-            os.rename(partial, destination)
-    except BlockingIOError:
-        raise UserError(
-            f"{partial} is being written by another process. Wait for it, or choose another name for the result."
-        ) from None
-    except (OSError, ValueError) as error:  # tensorstore's errors are ValueErrors that quote the system's
-        shutil.rmtree(partial, ignore_errors=True)
-        if isinstance(error, UserError):
-            raise
-        full = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
-        if getattr(error, "errno", None) in full or any(f"os_error_code='{code}'" in str(error) for code in full):
-            raise UserError(
-                f"The disk is full: {destination} could not be written ({_free(destination)} free) and nothing of it "
-                "was kept. Make room, or choose another place."
-            ) from None
-        if isinstance(error, OSError):
-            raise UserError(
-                f"{destination} could not be written: {error}. Choose a folder that can be written."
-            ) from None
-        raise
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
-
-
-@contextlib.contextmanager
-def _locked(folder: pathlib.Path) -> Iterator[None]:
-    """Holds a lock that ends with the process, so that left-overs can be told from work in progress."""
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        yield
-    finally:
-        os.close(handle)
-
-
-def _size(count: float) -> str:
-    return f"{count / 1e9:.2f} GB" if count >= 1e8 else f"{count / 1e6:.2f} MB"
-
-
-def _free(folder: pathlib.Path) -> str:
-    while not folder.exists():
-        folder = folder.parent
-    return _size(shutil.disk_usage(folder).free)
-
-
-class _Progress:
-    """One line for each parameter: what, how large, how fast."""
-
-    def __init__(self, say: Say, arrays: dict[str, tuple[tuple[int, ...], np.dtype]], unit: str):
-        self._say, self._arrays, self._unit = say, arrays, unit
-        self._bytes = {path: math.prod(shape) * dtype.itemsize for path, (shape, dtype) in arrays.items()}
-        self._total, self._done, self._start = sum(self._bytes.values()), 0, time.monotonic()
-        say(
-            f"{len(arrays)} {unit}, {sum(math.prod(shape) for shape, _ in arrays.values()):,} values, "
-            f"{_size(self._total)}"
-        )
-
-    def line(self, path: str, note: str = "") -> None:
-        shape, dtype = self._arrays[path]
-        self._say(f"  {path:34} {'x'.join(map(str, shape)):>22} {dtype.name:9} {_size(self._bytes[path]):>10}{note}")
-
-    def finished(self, path: str) -> None:
-        self._done += self._bytes[path]
-        seconds = time.monotonic() - self._start
-        self.line(path, f"  {self._done / self._total:4.0%}  {seconds:6.1f} s")
 
 
 class _Tables:
@@ -164,8 +73,8 @@ def to_orbax(
     """Converts a Hugging Face checkpoint into a checkpoint folder, step 0.
 
     Args:
-      source: folder, or name on the Hugging Face hub.
-      destination: a folder that does not exist.
+      source: folder, one in a bucket, or name on the Hugging Face hub.
+      destination: a folder that does not exist, perhaps in a bucket.
       dtype: of the result; empty: as in the source.
       tokenizer: "bytes", folder or name; empty: the source's, if it has one.
       new_tokens: rows of the begin and mask token: "source" (as they are) or "mean" (of the other tokens).
@@ -178,32 +87,50 @@ def to_orbax(
     Raises:
       UserError: everything that can be wrong with source, tokenizer or destination; nothing is left behind then.
     """
-    folder, destination = huggingface.resolve(source), pathlib.Path(destination)
+    folder, destination = huggingface.resolve(source), storage.as_path(destination)
+    orbax.check_folder_name(destination)
     weights = huggingface.Weights(folder)
     config, vocabulary = _result(weights, folder, tokenizer, new_tokens, vocab_rows, quantise)
-    rows = config.vocab_size
     new = {vocabulary.begin_id, vocabulary.mask_id} if new_tokens == "mean" else set()
-    tables = _Tables(weights, rows, new, config.logical_vocab_size)
+    tables = _Tables(weights, config.vocab_size, new, config.logical_vocab_size)
     weights.check_tied_head()
 
-    table = huggingface.parameters(config)
-    arrays, scales = {}, {}
-    for path, p in table.items():
-        arrays[path] = p.shape, DTYPES.get(dtype, weights.dtype(path))
-        if quantise and p.inputs:
-            arrays[path] = p.shape, np.dtype(np.int8)
-            channels = [size for axis, size in enumerate(p.shape) if axis not in p.inputs]
-            scale = scales[f"{path}_scale"] = np.zeros(channels, np.float32)
-            arrays[f"{path}_scale"] = scale.shape, scale.dtype
-    progress = _Progress(say, arrays, "parameters")
+    arrays = _arrays(weights, config, dtype)
+    progress = Progress(say, arrays)
     say(
         f"tokenizer: {'none' if vocabulary is None else f'{vocabulary.vocab_size} ids, mask {vocabulary.mask_id}'}; "
-        f"table: {rows} rows"
+        f"table: {config.vocab_size} rows"
     )
     if dry_run:
         for path in arrays:
             progress.line(path)
         return
+    with new_folder(destination, say) as partial:
+        if vocabulary:
+            with storage.filling(partial / "tokenizer") as place:
+                vocabulary.save(place)
+        meta = orbax.make_meta(config, step=0, tokenizer=(tokenizer or str(source)) if vocabulary else "")
+        stream.save(partial / "checkpoints" / "0", _streams(weights, tables, arrays, progress, str(folder)), meta)
+    say(f"wrote {destination} ({size_text(storage.folder_bytes(destination))})")
+
+
+def _arrays(weights: huggingface.Weights, config: ModelConfig, dtype: str) -> Arrays:
+    """What is written for a model in another dtype, or in int8 with its scales."""
+    arrays = {}
+    for path, p in huggingface.parameters(config).items():
+        arrays[path] = p.shape, DTYPES.get(dtype, weights.dtype(path))
+        if config.quantise and p.inputs:
+            channels = tuple(size for axis, size in enumerate(p.shape) if axis not in p.inputs)
+            arrays[path] = p.shape, np.dtype(np.int8)
+            arrays[f"{path}_scale"] = channels, np.dtype(np.float32)
+    return arrays
+
+
+def _streams(
+    weights: huggingface.Weights, tables: _Tables, arrays: Arrays, progress: Progress, where: str
+) -> dict[str, stream.Stream]:
+    """The arrays, made piece by piece as they are written, scales after their matrices."""
+    scales = {path: np.zeros(*described) for path, described in arrays.items() if path not in weights.parameters}
 
     def stream_of(path: str) -> stream.Stream:
         shape, target = arrays[path]
@@ -216,21 +143,15 @@ def to_orbax(
             else:
                 piece = weights.read(path, (slice(start, stop), *[slice(None)] * (len(shape) - 1)))
             if target == np.int8:
-                piece, scale = int8.quantise(piece, table[path].inputs, f"{path} in {folder}")
-                scales[f"{path}_scale"][start:stop] = scale  # written after its matrix
+                piece, scale = int8.quantise(piece, weights.parameters[path].inputs, f"{path} in {where}")
+                scales[f"{path}_scale"][start:stop] = scale
             if stop == shape[0]:
                 progress.finished(path)
             return piece.astype(target, copy=False)
 
         return stream.Stream(shape, target, read)
 
-    orbax.check_folder_name(destination)
-    with new_folder(destination, say) as partial:
-        if vocabulary:
-            vocabulary.save(partial / "tokenizer")
-        meta = orbax.make_meta(config, step=0, tokenizer=(tokenizer or str(source)) if vocabulary else "")
-        stream.save(partial / "checkpoints" / "0", {path: stream_of(path) for path in arrays}, meta)
-    say(f"wrote {destination} ({_size(_folder_bytes(destination))})")
+    return {path: stream_of(path) for path in arrays}
 
 
 def _result(
@@ -255,10 +176,6 @@ def _result(
             "without a tokenizer nobody knows whether they are used. Name one with --tokenizer."
         )
     return config, vocabulary
-
-
-def _folder_bytes(folder: pathlib.Path) -> int:
-    return sum(p.stat().st_size for p in folder.rglob("*") if p.is_file())
 
 
 class MergedParams:
@@ -325,7 +242,7 @@ def to_huggingface(
 
     Args:
       source: checkpoint folder of a training run or a conversion.
-      destination: a folder that does not exist.
+      destination: a folder that does not exist; one in a bucket is filled on this machine's disk first.
       step: of the checkpoint; None: the last.
       dtype: of the tensors; empty: as in the checkpoint.
       shard_bytes: largest size of a file, unless one tensor is larger.
@@ -334,51 +251,57 @@ def to_huggingface(
     Raises:
       UserError: everything that can be wrong with source or destination; nothing is left behind then.
     """
-    destination = pathlib.Path(destination)
+    destination = storage.as_path(destination)
     config, reader = open_checkpoint(source, step)
-    table = huggingface.parameters(config)
-    arrays = {path: (p.shape, DTYPES.get(dtype, reader.dtype(path))) for path, p in table.items()}
-    progress = _Progress(say, arrays, "parameters")
-    needed = sum(math.prod(shape) * kind.itemsize for shape, kind in arrays.values())
+    arrays = {
+        path: (p.shape, DTYPES.get(dtype, reader.dtype(path))) for path, p in huggingface.parameters(config).items()
+    }
+    progress = Progress(say, arrays)
     if dry_run:
         for path in arrays:
             progress.line(path)
         return
+    ids = {"bos_token_id": config.begin_token_id, "eos_token_id": config.eos_token_id}
+    ids = {"do_sample": False, **ids, "pad_token_id": config.pad_token_id}
+    kinds = {kind.name for _, kind in arrays.values()}
     with new_folder(destination, say) as partial:
-        if shutil.disk_usage(partial).free < needed:
-            raise UserError(
-                f"{destination} needs {_size(needed)}, but the disk has {_free(partial)} free. Make room, or choose "
-                "another place or a smaller --dtype."
-            )
-        writer = safetensors.Writer(
-            partial,
-            [(name, arrays[p.path][1], p.tensor_shape) for name, p in huggingface.in_file_order(config)],
-            shard_bytes,
-        )
-        for path, parameter in table.items():
-            for start, stop in stream.row_ranges(parameter.shape[0], reader.step(path)):
-                piece = reader.read(path, (slice(start, stop), *[slice(None)] * (len(parameter.shape) - 1)))
-                if parameter.stacked:
-                    for i in range(start, stop):
-                        writer.write(parameter.names[i], parameter.to_tensor(piece[i - start]))
-                else:
-                    writer.write(parameter.names[0], piece, row=start)
-            progress.finished(path)
-        writer.close()
-        kinds = {kind.name for _, kind in arrays.values()}
-        _write_json(
-            partial / "config.json", model_config.to_huggingface(config, kinds.pop() if len(kinds) == 1 else "float32")
-        )
-        ids = {
-            "bos_token_id": config.begin_token_id,
-            "eos_token_id": config.eos_token_id,
-            "pad_token_id": config.pad_token_id,
-        }
-        _write_json(
-            partial / "generation_config.json", {"do_sample": False, **{k: v for k, v in ids.items() if v is not None}}
-        )
-        _save_tokenizer(source, step, partial, say)
-    say(f"wrote {destination}: {', '.join(writer.files)}")
+        with storage.filling(partial) as folder:
+            if shutil.disk_usage(folder).free < progress.total:
+                raise UserError(
+                    f"{destination} needs {size_text(progress.total)}, but the disk has {free(folder)} free "
+                    f"({folder.parent}). Make room, or choose another place or a smaller --dtype."
+                )
+            files = _write_tensors(reader, config, arrays, folder, shard_bytes, progress)
+            _write_json(folder / "generation_config.json", {k: v for k, v in ids.items() if v is not None})
+            _save_tokenizer(source, step, folder, say)
+        # Last: without it a folder in a bucket is no checkpoint.
+        written = model_config.to_huggingface(config, kinds.pop() if len(kinds) == 1 else "float32")
+        _write_json(partial / "config.json", written)
+    say(f"wrote {destination}: {', '.join(files)}")
+
+
+def _write_tensors(
+    reader: stream.Reader,
+    config: ModelConfig,
+    arrays: Arrays,
+    folder: pathlib.Path,
+    shard_bytes: int,
+    progress: Progress,
+) -> list[str]:
+    """Writes the safetensors files, whose names are returned."""
+    tensors = [(name, arrays[p.path][1], p.tensor_shape) for name, p in huggingface.in_file_order(config)]
+    writer = safetensors.Writer(folder, tensors, shard_bytes)
+    for path, parameter in huggingface.parameters(config).items():
+        for start, stop in stream.row_ranges(parameter.shape[0], reader.step(path)):
+            piece = reader.read(path, (slice(start, stop), *[slice(None)] * (len(parameter.shape) - 1)))
+            if parameter.stacked:
+                for i in range(start, stop):
+                    writer.write(parameter.names[i], parameter.to_tensor(piece[i - start]))
+            else:
+                writer.write(parameter.names[0], piece, row=start)
+        progress.finished(path)
+    writer.close()
+    return writer.files
 
 
 def _save_tokenizer(source: str | pathlib.Path, step: int | None, folder: pathlib.Path, say: Say) -> None:
@@ -390,5 +313,5 @@ def _save_tokenizer(source: str | pathlib.Path, step: int | None, folder: pathli
     tokenizer.save(folder)
 
 
-def _write_json(file: pathlib.Path, value: dict[str, Any]) -> None:
-    file.write_text(json.dumps(value, indent=2) + "\n")
+def _write_json(file: epath.Path | pathlib.Path, value: dict[str, Any]) -> None:
+    storage.write(file, (json.dumps(value, indent=2) + "\n").encode())

@@ -201,7 +201,8 @@ class Weights:
             return
         step = self.step("embed/embedding")
         for start in range(0, self.config.vocab_size, step):
-            if not np.array_equal(head.open()[start : start + step], embedding.open()[start : start + step]):
+            rows = slice(start, start + step)
+            if not np.array_equal(head.open(rows), embedding.open(rows)):
                 raise UserError(
                     f"{head.file} has an lm_head.weight that differs from the embedding, but config.json says "
                     "tie_word_embeddings = true. Set it to false there if the head is a table of its own, or remove "
@@ -209,17 +210,23 @@ class Weights:
                 )
 
     def read(self, path: str, index: tuple[slice, ...]) -> np.ndarray:
-        """The parameter at `index`, one slice for each axis; only those bytes are read."""
+        """The parameter at `index`, one slice for each axis.
+
+        Only those bytes are read; from a bucket whole rows of a table, and whole tensors of layers, one at a time.
+        """
         parameter = self.parameters[path]
-        inner = index[1:] if parameter.stacked else index
-        names = parameter.names[index[0]] if parameter.stacked else parameter.names
-        pieces = [parameter.from_tensor(self.tensors[name].open())[inner] for name in names]
-        out = np.empty((len(names), *pieces[0].shape), self.dtype(path))
-        for i in range(len(names)):
-            out[i] = pieces[i]
-            pieces[i] = None  # closes its map
-            self.bytes_read += out[i].size * self.tensors[names[i]].dtype.itemsize
-        return out if parameter.stacked else out[0]
+        shape = [len(range(*part.indices(size))) for part, size in zip(index, parameter.shape)]
+        out = np.empty(shape, self.dtype(path))
+        if not parameter.stacked:
+            tensor = self.tensors[parameter.names[0]]  # whose axes are the parameter's
+            out[:] = tensor.open(index[0])[(slice(None), *index[1:])]
+            self.bytes_read += out.nbytes
+            return out
+        for i, name in enumerate(parameter.names[index[0]]):
+            tensor = self.tensors[name]
+            out[i] = parameter.from_tensor(tensor.open())[index[1:]]
+            self.bytes_read += out[i].size * tensor.dtype.itemsize
+        return out
 
 
 def load_params(weights: Weights, config: ModelConfig, mesh: Mesh, rules: sharding.Rules, dtype: str) -> dict:

@@ -98,7 +98,13 @@ def steps_in(folder: str | pathlib.Path) -> list[int]:
 
 
 def check_folder_name(folder: str | pathlib.Path) -> None:
-    """Raises a UserError for a name that Orbax would take for a pattern, and leave checkpoints unfinished there."""
+    """Raises a UserError for a folder in which checkpoints would be left unfinished, or look whole too early."""
+    if not storage.is_local(folder) and not str(folder).startswith("gs://"):
+        raise UserError(
+            f"The folder {folder} cannot hold checkpoints: of buckets only those of Google's storage (gs://) can, "
+            "since Orbax marks complete checkpoints in no others. Use a gs:// bucket or a file system; data and "
+            "Hugging Face weights may lie in s3:// buckets."
+        )
     found = sorted(set("*?[") & set(str(storage.absolute(folder))))
     if found:
         raise UserError(

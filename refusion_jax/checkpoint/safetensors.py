@@ -6,6 +6,7 @@ Here a tensor is mapped while it is read and a file is filled in any order, so t
 
 import dataclasses
 import json
+import math
 import os
 import pathlib
 import struct
@@ -14,6 +15,7 @@ from collections.abc import Sequence
 import ml_dtypes
 import numpy as np
 
+from refusion_jax import storage
 from refusion_jax.errors import UserError
 
 DTYPES = {"F32": np.dtype(np.float32), "F16": np.dtype(np.float16), "BF16": np.dtype(ml_dtypes.bfloat16)}
@@ -30,27 +32,38 @@ class Tensor:
     shape: tuple[int, ...]
     offset: int
 
-    def open(self) -> np.ndarray:
-        """A read-only memory map; bytes are read when they are looked at, and let go with the last reference."""
-        return np.memmap(self.file, self.dtype, "r", self.offset, self.shape)
+    def open(self, rows: slice = slice(None)) -> np.ndarray:
+        """The tensor or rows of it, read-only.
+
+        Of a local file a memory map: bytes are read when they are looked at, and let go with the last reference. From a
+        bucket all of these rows are fetched.
+        """
+        if storage.is_local(self.file):
+            return np.memmap(self.file, self.dtype, "r", self.offset, self.shape)[rows]
+        start, stop, _ = rows.indices(self.shape[0])
+        row = math.prod(self.shape[1:]) * self.dtype.itemsize
+        first, last = self.offset + start * row, self.offset + stop * row
+        content = storage.read(self.file, first, last) if first < last else b""
+        return np.frombuffer(content, self.dtype).reshape(-1, *self.shape[1:])
 
 
 def read_header(file: pathlib.Path) -> tuple[dict[str, Tensor], list[str]]:
     """The tensors of one file, and what is wrong with it (nothing: an empty list). No data is read."""
     try:
-        size = file.stat().st_size
-        with open(file, "rb") as f:
-            (length,) = struct.unpack("<Q", f.read(8))
-            if length > size - 8:
-                return {}, [
-                    f"{file} is truncated or no safetensors file (its header should have {length} bytes, the file has "
-                    f"{size})"
-                ]
-            header = json.loads(f.read(length))
+        (size,) = storage.sizes([file])
+        (length,) = struct.unpack("<Q", storage.read(file, 0, 8))
+        if length > size - 8:
+            return {}, [
+                f"{file} is truncated or no safetensors file (its header should have {length} bytes, the file has "
+                f"{size})"
+            ]
+        header = json.loads(storage.read(file, 8, 8 + length))
         header.pop("__metadata__", None)
         entries = [(name, e["dtype"], tuple(e["shape"]), *e["data_offsets"]) for name, e in header.items()]
     except FileNotFoundError:
         return {}, [f"{file} is missing"]
+    except UserError:  # a bucket that does not answer
+        raise
     except (OSError, struct.error, ValueError, KeyError, TypeError, AttributeError) as error:
         return {}, [f"{file} is no safetensors file, or a corrupt one ({error})"]
     tensors, problems = {}, []
@@ -82,7 +95,7 @@ def read_folder(folder: pathlib.Path) -> tuple[dict[str, Tensor], list[str]]:
             + ". Weights are read from safetensors files only: give the folder that holds them."
         )
     try:
-        weight_map = json.loads((folder / INDEX).read_text())["weight_map"]
+        weight_map = json.loads(storage.read(folder / INDEX))["weight_map"]
         files = sorted(set(weight_map.values()))
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         return {}, [f"{folder / INDEX} is malformed ({error!r})"]

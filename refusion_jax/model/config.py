@@ -6,6 +6,7 @@ import math
 import pathlib
 from typing import Any
 
+from refusion_jax import storage
 from refusion_jax.errors import UserError
 
 DTYPES = ("float32", "bfloat16")
@@ -201,7 +202,7 @@ def from_huggingface(source: dict[str, Any] | str | pathlib.Path) -> ModelConfig
     if not isinstance(source, dict):
         where = str(source)
         try:
-            source = json.loads(pathlib.Path(source).read_text())
+            source = json.loads(storage.read(storage.as_path(source)))
         except OSError as error:
             raise UserError(
                 f"Cannot read the model's config {where}: {error.strerror or error}. Point at a folder with a "
