@@ -19,6 +19,8 @@ from refusion_jax.config import load_config
 from refusion_jax.data.tokenizers import load_tokenizer
 from refusion_jax.errors import UserError
 from refusion_jax.model.qwen3 import init_params
+from refusion_jax.objective.block import Block as BlockObjective
+from refusion_jax.objective.masked import Masked as MaskedObjective
 from refusion_jax.sampling import Generation, PlanAndInfillConfig
 from refusion_jax.sampling import generate as generate_ids
 from refusion_jax.step import TrainState
@@ -42,10 +44,14 @@ def tools(repository):
 
 @pytest.fixture(scope="module")
 def checkpoint(repository, tmp_path_factory) -> str:
+    return save_run(repository, tmp_path_factory.mktemp("run"))
+
+
+def save_run(repository, folder, **settings) -> str:
     """The folder of a run of tests/micro.py whose large random weights are sure of what they say."""
-    folder = tmp_path_factory.mktemp("run")
     config = load_config(f"{repository}/tests/micro.py:data={folder}/data.json")
-    config = dataclasses.replace(config, model=dataclasses.replace(config.model, max_position_embeddings=128))
+    model = dataclasses.replace(config.model, max_position_embeddings=128)
+    config = dataclasses.replace(config, model=model, **settings)
     params = nn.unbox(init_params(config.model, jax.random.key(3)))
     params["embed"]["embedding"] *= 60
     load_tokenizer("bytes").save(folder / "tokenizer")
@@ -227,6 +233,25 @@ def test_order_is_shown_in_colours_or_numbers(loaded, checkpoint, decoder, answe
     assert display.use_color("auto", terminal)
     monkeypatch.setenv("NO_COLOR", "1")
     assert not display.use_color("auto", terminal) and display.use_color("always", terminal)
+
+
+@pytest.mark.parametrize("objective", [MaskedObjective(), BlockObjective(block_size=4)], ids=lambda o: o.kind)
+def test_a_checkpoint_is_decoded_and_shown_by_its_objective(objective, repository, tools, tmp_path, capsys):
+    """From the folder of a run: the method that suits what it was trained for, by the command and in a picture."""
+    import visualize_decode
+    from PIL import Image
+
+    run = save_run(repository, tmp_path / "run", objective=objective)
+    ask = ["--checkpoint", run, "--prompt", "sun", "--gen-length", "8"]
+    with pytest.raises(UserError, match=f"objective '{objective.kind}' cannot be decoded .* with {objective.kind}"):
+        generate.main([*ask, "--method", "autoregressive"])
+    generate.main([*ask, "--show-order"])
+    shown = capsys.readouterr()
+    rounds, forwards = map(int, re.search(r"in (\d+) rounds and (\d+) forwards", shown.err).groups())
+    assert re.search(r"\[\d\]", shown.out) and f"[n]: committed in round n of {rounds}\n" in shown.out
+    visualize_decode.main([*ask, "--out", str(tmp_path / "decode.png")])
+    with Image.open(tmp_path / "decode.gif") as animation:
+        assert animation.n_frames == forwards > 1
 
 
 def test_pieces_join_to_the_text_whatever_the_bytes():

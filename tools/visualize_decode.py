@@ -250,7 +250,7 @@ def count(number: int, what: str) -> str:
 def animate(
     painter: Painter, title: str, steps: Sequence[Generation], summary: str, milliseconds: int, out: pathlib.Path
 ) -> None:
-    """Writes the animation: nothing yet, what there is after each forward, and for three seconds the answer."""
+    """Writes the animation: what there is after each forward, and for three seconds the answer."""
 
     def frame(subtitle: str, order: Sequence[int]) -> Any:
         """In half size and few colours: an answer of many rounds has hundreds of frames."""
@@ -258,13 +258,9 @@ def animate(
         return image.resize((image.width // 2, image.height // 2)).quantize(64)
 
     shown = [(count(step.forwards, "forward"), step.order) for step in steps[:-1]] + [(summary, steps[-1].order)]
-    frame(count(1, "forward"), []).save(
-        out,
-        save_all=True,
-        append_images=itertools.starmap(frame, shown),
-        duration=[milliseconds] * len(shown) + [3000],
-        loop=0,
-    )
+    frames = itertools.starmap(frame, shown)
+    duration = [milliseconds] * (len(shown) - 1) + [3000]
+    next(frames).save(out, save_all=True, append_images=frames, duration=duration, loop=0)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
