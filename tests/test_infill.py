@@ -20,9 +20,11 @@ from refusion_jax.data.tokenizers import load_tokenizer
 from refusion_jax.decoder import Decoder
 from refusion_jax.errors import UserError
 from refusion_jax.infilling import Hole, Template, request
-from refusion_jax.model.qwen3 import init_params
+from refusion_jax.model.attention import Packed
+from refusion_jax.model.head import over_vocabulary
+from refusion_jax.model.qwen3 import Qwen3, init_params
 from refusion_jax.parallel.mesh import make_mesh
-from refusion_jax.sampling import AutoregressiveConfig, Engine, PlanAndInfillConfig, Prompt
+from refusion_jax.sampling import AutoregressiveConfig, Engine, MaskedConfig, PlanAndInfillConfig, Prompt
 from refusion_jax.sampling import generate as generate_ids
 from refusion_jax.sampling.batching import serve
 
@@ -33,14 +35,14 @@ CONFIG = PlanAndInfillConfig(
 )
 
 
-def random_request(rng, config, index):
+def random_request(rng, config, index, slot=4):
     """Up to three holes of up to three slots among given tokens; one may begin or end the text."""
     tokens, positions, holes, at, left = [], [], [], 0, 6
     for part in range(rng.integers(2, 7)):
         if part % 2 == index % 2 and left:
-            size = int(rng.integers(1, min(left, 3) + 1)) * 4
+            size = int(rng.integers(1, min(left, 3) + 1)) * slot
             holes.append((at, size))
-            at, left = at + size, left - size // 4
+            at, left = at + size, left - size // slot
         else:
             count = int(rng.integers(1, 7))
             tokens += rng.integers(2, MODEL.begin_token_id, count).tolist()
@@ -123,6 +125,74 @@ def test_a_hole_behind_a_prompt_is_an_answer():
         assert answer == answers[answer.index]
 
 
+# --- Masked diffusion: holes of any size, one token per forward where the schedule says no more.
+
+MASKED = MaskedConfig(gen_length=12, stop="length")
+
+
+@pytest.fixture(scope="module")
+def masked():
+    """Parameters, and requests with holes of 2 to 6 tokens."""
+    rng = np.random.default_rng(5)
+    return random_params(3, scale=1.2), [
+        r for r in (random_request(rng, MASKED, i, slot=2) for i in range(16)) if r.holes
+    ]
+
+
+@pytest.mark.parametrize(
+    "given",
+    [dict(), dict(alignment="shift"), dict(cache="dllm", prompt_interval=1, gen_interval=1)],
+    ids=["same", "shift", "dllm"],
+)
+def test_masked_holes_equal_a_loop_that_forwards_the_whole_text(masked, given):
+    """The surest token first; with dLLM-Cache where it computes everything again each time. What is given stays."""
+    params, requests = masked
+    config = dataclasses.replace(MASKED, **given)
+    engine = Engine(params, MODEL, config, 4, max_prompt_length=32)
+    by_index = {r.index: dataclasses.replace(r, config=config) for r in requests}
+    for answer in serve(engine, by_index.values()):
+        r = by_index[answer.index]
+        places, text = r.places(r.limit)[0], np.full(len(r.tokens) + r.limit, MODEL.mask_token_id)
+        text[list(r.positions)] = r.tokens
+        for offset, token in zip(answer.order, answer.committed, strict=True):
+            logits = whole_text_logits(params, jnp.pad(jnp.array(text), (0, 64 - len(text)), constant_values=-1))
+            logits = np.array(logits)[np.maximum(np.arange(len(text)) - (config.alignment == "shift"), 0)]
+            p = np.asarray(jax.nn.softmax(logits, axis=-1))
+            drafts = np.where(
+                np.isin(np.arange(logits.shape[1]), [MODEL.begin_token_id, MODEL.mask_token_id]), -np.inf, logits
+            ).argmax(axis=-1)
+            chosen = max(np.flatnonzero(text == MODEL.mask_token_id), key=lambda i: p[i, drafts[i]])
+            assert (places[offset], token) == (chosen, drafts[chosen])
+            text[chosen] = token
+        assert MODEL.mask_token_id not in text
+    assert max(len(r.holes) for r in requests) == 3 and {size for r in requests for _, size in r.holes} == {2, 4, 6}
+    assert min(r.holes[0][0] for r in requests) == 0
+
+
+@jax.jit
+def whole_text_logits(params, tokens):
+    """[length, vocab] of a text forwarded without any cache, each token seeing all; -1: padding."""
+    context = Packed((tokens >= 0).astype(jnp.int32)[None], see="all", implementation="xla")
+    positions = jnp.arange(len(tokens))[None]
+    hidden, _ = Qwen3(MODEL).apply({"params": params}, jnp.maximum(tokens, 0)[None], positions, context)
+    return over_vocabulary(MODEL, params, hidden, lambda logits: logits)[0]
+
+
+def test_masked_holes_end_with_their_first_end(masked):
+    """All that decoding to the last mask makes of each hole up to its end, and sooner."""
+    params, requests = masked
+    found = []
+    for stop in ("length", "answer"):
+        config = dataclasses.replace(MASKED, stop=stop)
+        engine = Engine(params, MODEL, config, 4, max_prompt_length=32)
+        answers = serve(engine, [dataclasses.replace(r, config=config, stop_ids=(2, 3)) for r in requests])
+        found.append({answer.index: answer for answer in answers})
+    whole, early = found
+    for index in whole:
+        assert (early[index].tokens, early[index].parts) == (whole[index].tokens, whole[index].parts)
+    assert sum(answer.forwards for answer in early.values()) < sum(answer.forwards for answer in whole.values())
+
+
 # --- Texts.
 
 
@@ -152,6 +222,13 @@ def test_given_texts_stay_and_holes_have_their_room(decoder):
     assert sent.tokens == [*b"def add(a, b):\n\nprint()", decoder.tokenizer.eos_id]
     assert sent.holes == ((15, 8), (30, 4)) and list(sent.positions) == [*range(15), *range(23, 30), 34, 35]
     assert sent.limit == 12 and sent.stop_ids == (decoder.tokenizer.pad_id,)
+
+
+def test_masked_fills_holes_of_any_size(decoder):
+    masked = dataclasses.replace(decoder, objective=None)
+    result = masked.infill(["def add(a, b):\n", Hole(5), "\nprint(", Hole(1), ")"], method="masked", block_length=0)
+    assert result.text == f"def add(a, b):\n{result.holes[0]}\nprint({result.holes[1]})"
+    assert 1 <= result.generation.parts[0] <= 5 and result.generation.parts[1] == 1
 
 
 def test_a_batch_gives_what_each_gives_alone(decoder):
@@ -204,8 +281,12 @@ def test_bad_templates(decoder, parts, message):
 
 
 def test_methods_from_left_to_right_fill_no_holes(decoder):
-    with pytest.raises(UserError, match="autoregressive .*fills no holes; use the method plan_and_infill"):
-        decoder.infill(["a", Hole(4)], method="autoregressive")
+    unknown = dataclasses.replace(decoder, objective=None)
+    for method in ("autoregressive", "speculative", "block"):
+        with pytest.raises(UserError, match=f"{method} .*fills no holes; plan_and_infill and masked do"):
+            unknown.infill(["a", Hole(4)], method=method)
+    with pytest.raises(UserError, match="2 holes.* cache = 'dkv_pd' .* one hole only: use cache = 'none'"):
+        unknown.infill(["a", Hole(4), "b", Hole(3)], method="masked", alignment="shift", cache="dkv_pd")
     config = AutoregressiveConfig(gen_length=8)
     engine = Engine(decoder.params, decoder.model, config, 1)
     with pytest.raises(UserError, match="fills no holes"):

@@ -101,7 +101,8 @@ class SamplerConfig(abc.ABC):
     def check_holes(self, sizes: Sequence[int]) -> None:
         """Raises a UserError where the method cannot fill holes of so many tokens."""
         raise UserError(
-            f"The method {self.method} writes behind a prompt and fills no holes; use the method plan_and_infill."
+            f"The method {self.method} writes behind a prompt and fills no holes; plan_and_infill and masked do, with "
+            "models trained for them."
         )
 
     def own(self, prompt: Any) -> dict[str, np.ndarray]:

@@ -55,12 +55,14 @@ class Refresh:
 
     Attributes:
       prompt_length, limit: tokens of the prompt and of the answer.
+      places: [length] position in the text of each of the answer's tokens, the first `limit` of them.
       prompt, answer: bool, all of it.
       count: how many of the answer's, where not all.
     """
 
     prompt_length: jax.Array
     limit: jax.Array
+    places: jax.Array
     prompt: jax.Array
     answer: jax.Array
     count: jax.Array
@@ -131,10 +133,9 @@ def forward(
     chex.assert_equal_shape([text.tokens, text.positions])
     rows, size = text.tokens.shape
     row, place = jnp.arange(rows)[:, None], jnp.arange(size)
-    offset = place - refresh.prompt_length[:, None]
-    in_prompt, in_answer = offset < 0, (offset >= 0) & (offset < refresh.limit[:, None])
-    answer_at = refresh.prompt_length[:, None] + jnp.arange(length)
-    answer_at = jnp.where(jnp.arange(length) < refresh.limit[:, None], answer_at, size)
+    answer_at = jnp.where(jnp.arange(length) < refresh.limit[:, None], refresh.places, size)
+    in_answer = jnp.zeros((rows, size), bool).at[row, answer_at].set(True, mode="drop")
+    in_prompt = ~in_answer & (place < (refresh.prompt_length + refresh.limit)[:, None])
     norm = lambda p, x: layers.RMSNorm(model.rms_norm_eps).apply({"params": p}, x)
     angles = lambda at: layers.rotary_angles(at, model.head_dim, model.rope_base)
     attention = layers.Attention(model)

@@ -56,6 +56,15 @@ class Prompt:
     positions: Sequence[int] = ()
     holes: tuple[tuple[int, int], ...] = ()
 
+    def places(self, length: int) -> tuple[np.ndarray, np.ndarray]:
+        """([length] int32 position in the text of each of so many places of the answer, [length] int32 number of the
+        hole that it lies in); what is no hole's lies behind the text.
+        """
+        inside = [position + i for position, size in self.holes for i in range(size)]
+        hole = [number for number, (_, size) in enumerate(self.holes) for _ in range(size)]
+        behind = len(self.tokens) + np.arange(len(inside), length)
+        return np.int32([*inside, *behind]), np.int32(hole + [len(self.holes)] * len(behind))
+
 
 class Engine:
     """Rows of a batch, and the requests that they serve. Nothing is held open between calls."""

@@ -1,13 +1,14 @@
 """Masked diffusion decoding (LLaDA, Dream, DiffuLLaMA, MDLM, Fast-dLLM, EB-Sampler, dKV-Cache): an answer begins as
 masks, every forward sees the whole text, and some of the masks are decided. There are as many masks as the request's
-limit says.
+limit says: behind the prompt, or in the holes of a text, whose given parts, wherever they stand, are its prompt. The
+masks are numbered through all holes, and blocks are parts of all together. A stop id ends its hole.
 
 The methods are settings of one loop: which logits belong to a mask (`alignment`), in which order blocks and positions
 are decided (`block_length`, `score`), how many by each forward (`select`, `schedule`), and what a forward computes
 again (`cache`). README.md has a table of them.
 
-Letters: G = `length` tokens of the answer, M of a block, S entries of the cache; entry = position. All functions are of
-one row.
+Letters: G = `length` tokens of the answer, M of a block, S entries of the cache; entry = position in the text. All
+functions are of one row.
 """
 
 import dataclasses
@@ -25,7 +26,7 @@ from refusion_jax.sampling.config import Settings
 from refusion_jax.sampling.dllm_cache import Features, Refresh
 from refusion_jax.sampling.masked_select import KEEP_FLOOR, LINEAR_T, Question, Scores
 from refusion_jax.sampling.masked_settings import MaskedSettings
-from refusion_jax.sampling.state import BaseRow, Canvas, Request, first, select
+from refusion_jax.sampling.state import BaseRow, Canvas, Request, select
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,8 +80,10 @@ class MaskedConfig(MaskedSettings):
 class Row(BaseRow):
     """Where the decoding of a prompt stands."""
 
-    prompt: jax.Array  # [S] ids by position
+    prompt: jax.Array  # [S] ids of all that is given, without gaps
     prompt_length: jax.Array
+    places: jax.Array  # [G] position in the text of each of the answer's tokens
+    holes: jax.Array  # [G] number of the hole that it lies in; a plain answer is one
     block: jax.Array
     step: jax.Array  # forwards of this block so far
     refused: jax.Array  # tokens that forwards were allowed to decide and did not
@@ -153,6 +156,8 @@ class Masked:
             Canvas.empty(self.length, zero),
             prompt=request.prompt,
             prompt_length=request.prompt_length,
+            places=request.own.get("places", request.prompt_length + jnp.arange(self.length)),
+            holes=request.own.get("holes", jnp.zeros(self.length, jnp.int32)),
             block=zero,
             step=zero,
             refused=zero,
@@ -180,17 +185,17 @@ class Masked:
 
     def ask(self, row: Row, room: jax.Array) -> Window:
         size = len(row.prompt)
-        position = jnp.arange(size)
-        offset = position - row.prompt_length
+        position, offset = jnp.arange(size), self.offset(row)
         answer = jnp.where(row.canvas.when < 0, self.model.mask_token_id, row.canvas.tokens)
-        text = jnp.where(offset < 0, row.prompt, answer[jnp.clip(offset, 0, self.length - 1)])
+        given = row.prompt[jnp.cumsum(offset < 0) - 1]
+        text = jnp.where(offset < 0, given, answer[jnp.clip(offset, 0, self.length - 1)])
         flags = masked_caches.forwarded(self, row, offset)
         rank = jnp.cumsum(flags) - 1
         positions = jnp.full(size, size).at[jnp.where(flags, rank, size)].set(position, mode="drop")
         there = jnp.minimum(positions, size - 1)
 
         offsets = row.block * self.block_length + jnp.arange(self.block_length)
-        at = rank[row.prompt_length + offsets - (self.alignment == "shift")]
+        at = rank[jnp.maximum(row.places[offsets] - (self.alignment == "shift"), 0)]
         keys = jax.vmap(jax.random.fold_in, (None, 0))(self.key(row), offsets)
         unprompted = jnp.where(offset < 0, self.model.mask_token_id, text)[there] if self.guided else None
         refresh = unprompted_refresh = None
@@ -211,11 +216,22 @@ class Masked:
             refresh_unprompted=unprompted_refresh,
         )
 
+    def offset(self, row: Row) -> jax.Array:
+        """[S] int32: number of each position among the answer's tokens, below the limit where there is one. What is
+        given before the first of them is counted back from it; what is given behind it has a very low number.
+        """
+        position = jnp.arange(len(row.prompt))
+        end = row.prompt_length + row.settings.limit
+        behind = jnp.where(position < end, -len(row.prompt), position - row.prompt_length)
+        given = jnp.where(position < row.places[0], position - row.places[0], behind)
+        return given.at[row.places].set(jnp.arange(self.length), mode="drop")
+
     def refresh(self, row: Row, forwards: jax.Array, now: jax.Array) -> Refresh:
         """What goes through all layers in a row's next forward, after so many; not now: nothing."""
         own = row.settings.own
         return Refresh(
             prompt_length=row.prompt_length,
+            places=row.places,
             limit=jnp.where(now, row.settings.limit, 0),
             prompt=now & (forwards % own["prompt_interval"] == 0),
             answer=now & (forwards % own["gen_interval"] == 0),
@@ -257,7 +273,7 @@ class Masked:
                 canvas = canvas.forwarded(jnp.where(measured, tokens, 0))
         over = ~of_block(self.open(canvas, row.settings)).any()
         after = row.replace(
-            done=self.finished(canvas, row.settings),
+            done=self.finished(row, canvas),
             canvas=canvas,
             block=row.block + over,
             step=jnp.where(over, 0, row.step + 1),
@@ -274,12 +290,13 @@ class Masked:
         """[G] bool: positions of the answer that are not decided."""
         return (canvas.when < 0) & (jnp.arange(self.length) < settings.limit)
 
-    def finished(self, canvas: Canvas, settings: Settings) -> jax.Array:
-        """Whether all is decided, or all up to the first end id."""
-        end = self.length
+    def finished(self, row: Row, canvas: Canvas) -> jax.Array:
+        """Whether all is decided, or all up to the first end id of each hole."""
+        open = self.open(canvas, row.settings)
         if self.stop == "answer":
-            end = first((canvas.when >= 0) & settings.stops(canvas.tokens))
-        return ~(self.open(canvas, settings) & (jnp.arange(self.length) < end)).any()
+            ends = (canvas.when >= 0) & row.settings.stops(canvas.tokens)
+            open &= jax.lax.cummax(jnp.where(ends, row.holes, -1)) < row.holes
+        return ~open.any()
 
     def choose(self, row: Row, among: jax.Array, seen: Scores) -> tuple[jax.Array, jax.Array, jax.Array]:
         """([M] rank of the block's positions, [M] bool: to be decided now, how many might have been).

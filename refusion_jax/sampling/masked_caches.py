@@ -1,7 +1,8 @@
 """Masked diffusion decoding with stale caches: which positions a forward computes again.
 
 Keys and values of every position are kept as they were computed last. A forward computes those of a set F of positions
-again, whose queries see all positions, fresh or stale; only F has logits. A cache is nothing but the rule for F:
+again, whose queries see all positions, fresh or stale; only F has logits. Of a text with holes, these are the answer,
+and what is given before and behind is the prompt. A cache is nothing but the rule for F:
 
     none          every position
     prefix        every position in the first forward of a block, then what is not before the block (Fast-dLLM)
@@ -29,7 +30,7 @@ def forwarded(sampler, row, offset: jax.Array) -> jax.Array:
 
     Args:
       sampler, row: of masked.py.
-      offset: [S] int32, positions counted from the end of the prompt.
+      offset: [S] int32, `sampler.offset(row)`: positions counted from the answer's first token.
     """
     every = offset < row.settings.limit
     if sampler.cache in ("none", "dllm"):

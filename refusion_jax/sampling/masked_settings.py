@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import numpy as np
@@ -214,6 +215,19 @@ class MaskedSettings(SamplerConfig):
 
     def up_to(self, limit: int) -> int:
         return limit or self.length
+
+    def check_holes(self, sizes: Sequence[int]) -> None:
+        """Holes of any size can be filled."""
+        if len(sizes) > 1 and self.alignment == "shift" and self.cache not in ("none", "dllm"):
+            raise UserError(
+                f"The template has {len(sizes)} holes. With shifted logits the token before a hole says its first one, "
+                f"and cache = {self.cache!r} computes that again for one hole only: use cache = 'none' or 'dllm'."
+            )
+
+    def own(self, prompt: Any) -> dict[str, np.ndarray]:
+        """Where the places of the answer lie in the text, and in which of its holes."""
+        places, holes = prompt.places(self.length)
+        return {"places": places, "holes": holes}
 
     @property
     def groups(self) -> tuple[int, int]:

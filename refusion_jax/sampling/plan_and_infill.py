@@ -130,11 +130,8 @@ class PlanAndInfillConfig(SamplerConfig):
 
     def own(self, prompt: Any) -> dict[str, np.ndarray]:
         """Where the slots of the answer lie in the text, and in which of its holes."""
-        places = [position + i for position, size in prompt.holes for i in range(size)]
-        holes = [hole for hole, (_, size) in enumerate(prompt.holes) for _ in range(size // self.slot_size)]
-        behind = len(prompt.tokens) + np.arange(len(places), self.length)  # a plain answer, or past the limit
-        more = [len(prompt.holes)] * (self.slots - len(holes))
-        return {"positions": np.int32([*places, *behind]), "holes": np.int32([*holes, *more])}
+        positions, holes = prompt.places(self.length)
+        return {"positions": positions, "holes": holes[:: self.slot_size]}
 
     def sampler(self, model: ModelConfig, batch: int, platform: str) -> "PlanAndInfill":
         n, k, cpu = self.slots // self.blocks, self.slot_size, platform == "cpu"
