@@ -1,6 +1,7 @@
-"""Draws the loss curves of one or several runs: `python tools/plot.py runs/a runs/b --out loss.png`."""
+"""Draws the loss curves of runs, in folders or buckets: `python tools/plot.py runs/a gs://bucket/b --out loss.png`."""
 
 import argparse
+import io
 import json
 import pathlib
 from collections.abc import Sequence
@@ -48,7 +49,7 @@ def curve(axis: Any, records: Sequence[dict], name: str, **style: Any) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("workdirs", nargs="+", type=storage.as_path)
-    parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("loss.png"))
+    parser.add_argument("--out", type=storage.as_path, default=storage.as_path("loss.png"))
     arguments = parser.parse_args()
     try:
         import matplotlib
@@ -66,11 +67,15 @@ def main() -> None:
         axis.set(title=title, xlabel="step")
         axis.grid(alpha=0.3)
         axis.legend(fontsize=8)
+    picture = io.BytesIO()
     try:
+        figure.savefig(picture, dpi=110, format=arguments.out.suffix.removeprefix(".") or "png")
         arguments.out.parent.mkdir(parents=True, exist_ok=True)
-        figure.savefig(arguments.out, dpi=110)
-    except OSError as error:
-        raise UserError(f"Cannot write {arguments.out}: {error.strerror or error}.") from None
+        storage.write(arguments.out, picture.getvalue())
+    except UserError:
+        raise
+    except (OSError, ValueError) as error:  # ValueError: a format that matplotlib does not know
+        raise UserError(f"Cannot write {arguments.out}: {getattr(error, 'strerror', None) or error}.") from None
     print(f"wrote {arguments.out}")
 
 
