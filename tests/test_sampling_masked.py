@@ -1,6 +1,7 @@
 """Masked diffusion decoding: what authors' code recorded, caches' rules, batches, settings, and what is random."""
 
 import dataclasses
+import functools
 import json
 import types
 
@@ -17,6 +18,7 @@ from refusion_jax.model.head import over_vocabulary
 from refusion_jax.model.qwen3 import Qwen3
 from refusion_jax.objective.autoregressive import Autoregressive
 from refusion_jax.objective.masked import Masked
+from refusion_jax.objective.sedd import Sedd
 from refusion_jax.parallel import sharding
 from refusion_jax.parallel.mesh import make_mesh
 from refusion_jax.sampling import Engine, MaskedConfig, Prompt, generate, masked_caches, masked_select, stream
@@ -250,6 +252,76 @@ def test_scores_are_of_the_distribution_that_is_asked_for():
     np.testing.assert_allclose(late.confidence[best != eos], softmax(without)[row, best][best != eos], rtol=1e-5)
 
 
+# --- FreeCache, and a causal pass that says what is decided.
+
+
+@functools.partial(jax.jit, static_argnums=2)
+def read(text, length, see):
+    """[padded, vocab] logits of the first `length` tokens of a text, without any cache."""
+    place = jnp.arange(len(text))
+    context = Packed(jnp.where(place < length, 1, 0)[None], see=see, implementation="xla")
+    hidden, _ = Qwen3(MODEL).apply({"params": PARAMS}, text[None], place[None], context)
+    logits = over_vocabulary(MODEL, PARAMS, hidden, lambda logits: logits)[0]
+    return logits.at[:, jnp.array([MODEL.mask_token_id, MODEL.begin_token_id])].set(-jnp.inf)
+
+
+@pytest.mark.parametrize("alignment", ["same", "shift"])
+def test_agreement_equals_a_loop_of_two_passes_over_the_whole_text(alignment):
+    """Proposals of the block by a pass that sees all; decided is, from the left, what a causal pass says too."""
+    config = MaskedConfig(gen_length=12, block_length=4, alignment=alignment, select="agreement", stop="length")
+    shift, padded = alignment == "shift", 32
+    for prompt, answer in zip(PROMPTS[:6], generate(PARAMS, MODEL, config, PROMPTS[:6], batch_size=4), strict=True):
+        end = len(prompt) + 12
+        text = np.array(prompt + [MODEL.mask_token_id] * (padded - len(prompt)))
+        rounds, forwarded, forward = [], len(prompt), 0
+        while len(rounds) < 12:
+            at = len(prompt) + len(rounds)
+            stop = len(prompt) + len(rounds) // 4 * 4 + 4
+            best = np.array(read(text, end, "all")).argmax(axis=-1)
+            guess = text.copy()
+            guess[at:stop] = best[at - shift : stop - shift]
+            agreed = 0
+            while at + agreed < stop:
+                cut = guess.copy()
+                cut[at + agreed] = MODEL.mask_token_id
+                own = np.array(read(cut, at + agreed + (not shift), "causal"))[at + agreed - shift].argmax()
+                if own != guess[at + agreed]:
+                    break
+                agreed += 1
+            text[at : at + max(agreed, 1)] = guess[at : at + max(agreed, 1)]
+            rounds += [forward] * max(agreed, 1)
+            forward += 1
+            forwarded += end + (4 if shift else 8)
+        assert answer.committed == text[len(prompt) : end].tolist() and answer.rounds == rounds
+        assert (answer.forwards, answer.tokens_forwarded) == (forward, forwarded)
+        assert answer.order == list(range(12))
+
+
+def test_a_block_is_decided_at_once_where_all_proposals_agree():
+    """A model that always says the same."""
+    params = PARAMS | {"final_norm": {"scale": jnp.zeros(MODEL.hidden_size)}}
+    config = MaskedConfig(gen_length=12, block_length=4, select="agreement", stop="length")
+    for answer in generate(params, MODEL, config, PROMPTS[:6], batch_size=4):
+        assert (answer.forwards, answer.rounds) == (3, [0] * 4 + [1] * 4 + [2] * 4)
+
+
+@pytest.mark.parametrize("alignment", ["same", "shift"])
+def test_free_is_exact_where_keys_depend_on_their_token_alone(alignment):
+    """With one layer: what is frozen is the keys of decided tokens. Less and less is forwarded."""
+    model = dataclasses.replace(MODEL, num_layers=1)
+    params = random_params(3, 1.2, model)
+    config = MaskedConfig(gen_length=24, block_length=8, steps=6, alignment=alignment, stop="length")
+    decode = lambda cache: generate(
+        params, model, dataclasses.replace(config, cache=cache), PROMPTS[:6], batch_size=4, max_prompt_length=12
+    )
+    shift = alignment == "shift"
+    for prompt, exact, free in zip(PROMPTS, decode("none"), decode("free")):
+        assert (free.order, free.committed, free.rounds) == (exact.order, exact.committed, exact.rounds)
+        whole = len(prompt) + 24
+        assert exact.tokens_forwarded == 6 * whole
+        assert free.tokens_forwarded == whole + (24 + 24 + 16 + 16 + 8) + 5 * shift
+
+
 # --- Batches.
 
 
@@ -287,6 +359,7 @@ def test_decoding_equals_a_loop_that_forwards_the_whole_text():
         dict(select="threshold", threshold=0.3, steps=0),
         dict(cache="dual", select="entropy_bound", steps=0, gamma=1.0),
         dict(cache="prefix", alignment="shift", schedule="linear_t"),
+        dict(cache="free", select="agreement", steps=0),
         dict(cache="dkv_decode", cache_steps=3),
         dict(cache="dkv_greedy", score="random", cache_steps=3),
         dict(cache="dllm", gen_interval=3, prompt_interval=5),
@@ -404,6 +477,10 @@ def test_bfloat16_decodes():
         (dict(cache="dkv_right"), "choose one of none, prefix"),
         (dict(cache_steps=0), "cache_steps is 0"),
         (dict(eps=1.0, schedule="linear_t"), "eps is 1.0"),
+        (dict(select="agreement", steps=4), "the model decides how many forwards"),
+        (dict(select="agreement", cache="dual"), "with select = 'agreement' is not defined"),
+        (dict(select="agreement", score="margin"), "which decides from left to right"),
+        (dict(select="independent", cache="free"), "with select = 'independent' is not defined"),
     ],
 )
 def test_settings_that_do_not_go_together(given, message):
@@ -419,6 +496,9 @@ def test_the_objective_chooses_the_method_and_refuses_others():
         assert config.alignment == objective.alignment
         assert config.block == (16 if objective.alignment == "same" else 48)
     assert METHODS["masked"] is MaskedConfig
+    for given, block in ({}, 48), (dict(select="topk"), 16):  # ratios are what it has learnt, of all masks at once
+        config = MaskedConfig(**MaskedConfig.suited(MODEL, Sedd(), dict(gen_length=48) | given))
+        assert (suited(Sedd(), None), config.select, config.block) == ("masked", given.get("select", "scores"), block)
     with pytest.raises(UserError, match="cannot be decoded with the method autoregressive: decode it with masked"):
         suited(Masked(), "autoregressive")
     with pytest.raises(UserError, match="cannot be decoded with the method masked: decode it with autoregressive"):

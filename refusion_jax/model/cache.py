@@ -28,7 +28,7 @@ class KVCache:
       rows: None: the window has a row for each of the batch. Else [shard, row] int32: it is of these rows of each of so
         many equal parts of the batch (so that each device finds its own), and `length` is [shard * row]. Past its part:
         of none.
-      features: what else of every entry is kept, leaves [batch, cache_length, hidden]; None: nothing.
+      features: what else of every entry is kept, leaves [batch, cache_length, hidden] or like k and v; None: nothing.
     """
 
     k: jax.Array | tuple[jax.Array, ...]

@@ -1,4 +1,4 @@
-"""Masked diffusion decoding (LLaDA, Dream, DiffuLLaMA, MDLM, Fast-dLLM, EB-Sampler, dKV-Cache): an answer begins as
+"""Masked diffusion decoding (LLaDA, Dream, MDLM, Fast-dLLM, EB-Sampler, dKV-Cache, FreeCache, ..): an answer begins as
 masks, every forward sees the whole text, and some of the masks are decided. There are as many masks as the request's
 limit says: behind the prompt, or in the holes of a text, whose given parts, wherever they stand, are its prompt. The
 masks are numbered through all holes, and blocks are parts of all together. A stop id ends its hole.
@@ -21,7 +21,7 @@ from flax import struct
 
 from refusion_jax.errors import UserError
 from refusion_jax.model.config import ModelConfig
-from refusion_jax.sampling import masked_caches, masked_select
+from refusion_jax.sampling import agreement, masked_caches, masked_select
 from refusion_jax.sampling.config import Settings
 from refusion_jax.sampling.dllm_cache import Features, Refresh
 from refusion_jax.sampling.masked_select import KEEP_FLOOR, LINEAR_T, Question, Scores
@@ -35,8 +35,12 @@ class MaskedConfig(MaskedSettings):
 
     @classmethod
     def suited(cls, model: ModelConfig, objective: Any, given: dict[str, Any]) -> dict[str, Any]:
-        """The objective's alignment; blocks of 32 for LLaDA's kind, Dream's own order for shifted logits."""
+        """The objective's alignment; blocks of 32 for LLaDA's kind, Dream's own order for shifted logits, SEDD's update
+        of all masks together where scores are what was learnt.
+        """
         given = super().suited(model, objective, given)
+        if getattr(objective, "kind", None) == "sedd" and given.setdefault("select", "scores") == "scores":
+            given.setdefault("block_length", 0)
         given.setdefault("alignment", getattr(objective, "alignment", cls.alignment))
         if given["alignment"] == "same" and given["gen_length"] > 0:
             size = getattr(objective, "block_size", 0) or 32
@@ -118,6 +122,7 @@ class Window:
     scale: jax.Array  # of guidance
     refresh: Refresh | None  # of dLLM-Cache
     refresh_unprompted: Refresh | None  # the same without the prompt; a limit of 0: not now
+    block: agreement.Block | None  # what a causal pass is to agree with
 
 
 @dataclasses.dataclass(frozen=True)
@@ -145,15 +150,24 @@ class Masked:
     widths: tuple[int, ...]
     transfer: bool
     in_place: ClassVar[bool] = True
-    window: ClassVar[int] = 0  # entries behind the answer
     free: ClassVar[int] = 0
     held_back: ClassVar[int] = 0
+
+    @property
+    def verified(self) -> bool:
+        """Whether a causal pass follows every forward."""
+        return self.selection == "agreement"
+
+    @property
+    def window(self) -> int:
+        """Entries behind the answer."""
+        return self.block_length if self.verified and self.alignment == "same" else 0
 
     def start(self, request: Request) -> Row:
         zero = jnp.int32(0)
         return Row.begin(
             request,
-            Canvas.empty(self.length, zero),
+            Canvas.empty(self.length, request.prompt_length if self.verified else zero),
             prompt=request.prompt,
             prompt_length=request.prompt_length,
             places=request.own.get("places", request.prompt_length + jnp.arange(self.length)),
@@ -214,6 +228,20 @@ class Masked:
             scale=row.settings.own["cfg_scale"],
             refresh=refresh,
             refresh_unprompted=unprompted_refresh,
+            block=self.block_of(row, text) if self.verified else None,
+        )
+
+    def block_of(self, row: Row, text: jax.Array) -> agreement.Block:
+        """For the causal pass; `text` [S]."""
+        start = row.block * self.block_length
+        of_block = lambda x: jax.lax.dynamic_slice_in_dim(x, start, self.block_length)
+        return agreement.Block(
+            before=text[row.prompt_length + start - 1],
+            tokens=of_block(row.canvas.tokens),
+            open=of_block(row.canvas.when) < 0,
+            start=row.prompt_length + start,
+            used=jnp.clip(row.settings.limit - start, 0, self.block_length),
+            spare=row.prompt_length + row.settings.limit,
         )
 
     def offset(self, row: Row) -> jax.Array:
@@ -243,8 +271,10 @@ class Masked:
         step = row.canvas.forwards - row.unprompted
         return (row.settings.own["cfg_scale"] > 0) & ((step < 5) | (step % row.settings.own["cfg_interval"] == 0))
 
-    def features(self, batch: int, cache_length: int) -> Features | None:
+    def features(self, batch: int, cache_length: int) -> Features | agreement.Kept | None:
         """What a cache keeps besides keys and values."""
+        if self.verified:
+            return agreement.Kept.empty(self.model, batch, cache_length)
         return Features.empty(self.model, batch, cache_length, self.guided) if self.cache == "dllm" else None
 
     def key(self, row: Row) -> jax.Array:
@@ -262,6 +292,9 @@ class Masked:
         count = jnp.sum(chosen)
         canvas = row.canvas.commit(start + order, seen.draft[order], count, row.canvas.forwards - row.unprompted - 1)
         unprompted = row.unprompted
+        if self.verified:
+            of_pass = window.block.used * (1 if self.alignment == "shift" else 2)
+            canvas = canvas.replace(tokens_forwarded=canvas.tokens_forwarded + of_pass)
         if self.guided and window.refresh is None:
             canvas = canvas.replace(tokens_forwarded=canvas.tokens_forwarded + window.used * (window.scale > 0))
         if window.refresh is not None:  # through the first layer all go
@@ -314,6 +347,8 @@ class Masked:
             chosen = masked_select.by_factor(seen, among, order, rank, own["factor"])
         elif self.selection == "entropy_bound":
             chosen = masked_select.by_entropy(seen, among, order, rank, own["gamma"])
+        elif self.selection == "agreement":
+            rank, chosen = place, masked_select.by_agreement(seen, among)
         elif self.selection == "independent":
             # Forwards that would decide nothing are left out: the next would see the same.
             plan = self.planned(row)

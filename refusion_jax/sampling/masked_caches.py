@@ -7,6 +7,8 @@ and what is given before and behind is the prompt. A cache is nothing but the ru
     none          every position
     prefix        every position in the first forward of a block, then what is not before the block (Fast-dLLM)
     dual          the same, then only the block (Fast-dLLM)
+    free          every position in the first forward of all, then what is not before the block, and in the first
+                  forward of a block the one before it too, which is final now: with it that is frozen (FreeCache)
     dkv_decode    what is open or has just been decided; every `cache_steps`-th forward everything (dKV-Cache)
     dkv_prefill   everything once, then all but the prompt
     dkv_pd        everything once; then as dkv_decode, but the prompt never again
@@ -22,7 +24,7 @@ import jax.numpy as jnp
 
 PREFIX_CACHES = ("prefix", "dual")
 SHIFTED_CACHES = ("dkv_prefill", "dkv_pd")
-CACHES = ("none", *PREFIX_CACHES, "dkv_decode", *SHIFTED_CACHES, "dkv_greedy", "dllm")
+CACHES = ("none", *PREFIX_CACHES, "free", "dkv_decode", *SHIFTED_CACHES, "dkv_greedy", "dllm")
 
 
 def forwarded(sampler, row, offset: jax.Array) -> jax.Array:
@@ -41,6 +43,9 @@ def forwarded(sampler, row, offset: jax.Array) -> jax.Array:
         return every & (first | (offset >= start))
     if sampler.cache == "dual":
         return every & (first | ((offset >= start) & (offset < start + sampler.block_length)))
+    if sampler.cache == "free":
+        since = start - (sampler.alignment == "shift") - jnp.where(first, sampler.block_length, 0)
+        return every & ((first & (row.block == 0)) | (offset >= since))
     if sampler.cache == "dkv_greedy":
         return every & (due | at(row.near, offset))
     if sampler.alignment == "same":

@@ -27,6 +27,7 @@ class Scores:
     entropy: jax.Array  # nats
     doubt: jax.Array  # 1 - confidence, exact also where confidence rounds to 1
     mass: jax.Array  # mean of exp(logit) over the ids without the mask: 1 where logits are SEDD's true scores
+    agreed: jax.Array | None = None  # whether a causal pass drafts the same (agreement.py); else None
 
 
 @struct.dataclass
@@ -150,6 +151,13 @@ def by_entropy(seen: Scores, among: jax.Array, order: jax.Array, rank: jax.Array
     entropy = seen.entropy[order]
     within = jnp.cumsum(entropy) - jax.lax.cummax(entropy) <= gamma
     return among & (rank < jnp.maximum(jnp.sum(within & among[order]), 1))
+
+
+def by_agreement(seen: Scores, among: jax.Array) -> jax.Array:
+    """[M] bool: from left to right, those that a causal pass agrees with up to the first that it does not; the first
+    of all in any case.
+    """
+    return among & ((jnp.cumsum(among & ~seen.agreed) == 0) | (jnp.cumsum(among) == 1))
 
 
 def times_of(key: jax.Array, steps: jax.Array, eps: jax.Array, tokens: int) -> jax.Array:

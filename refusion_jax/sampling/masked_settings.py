@@ -25,9 +25,10 @@ class MaskedSettings(SamplerConfig):
     block_length: int = setting(0, "tokens of a block, blocks being decoded from left to right; 0: one block")
     select: str = setting(
         "topk",
-        "what a forward decides: as many as the schedule says, all that are sure enough, or each token by itself at a "
-        "random time: all alike, or (scores) as SEDD's ratios of probabilities say",
-        choices=("topk", "threshold", "factor", "entropy_bound", "independent", "scores"),
+        "what a forward decides: as many as the schedule says, all that are sure enough, from left to right what a "
+        "causal pass of the same weights agrees with, or each token by itself at a random time: all alike, or (scores) "
+        "as SEDD's ratios of probabilities say",
+        choices=("topk", "threshold", "factor", "entropy_bound", "agreement", "independent", "scores"),
     )
     schedule: str = setting("even", "of topk: how many each forward decides", choices=SCHEDULES)
     steps: int = setting(
@@ -108,13 +109,15 @@ class MaskedSettings(SamplerConfig):
                 raise UserError(message)
 
     def _impossible(self) -> list[tuple[bool, str]]:
-        steps, cached = f"steps is {self.steps}", f"cache = {self.cache!r}"
-        scheduled = self.select in ("topk", "independent", "scores")
-        in_blocks = self.cache in masked_caches.PREFIX_CACHES
-        dkv = self.cache.startswith("dkv")
+        """(whether it is so, what is to be said then) of settings that do not go together."""
+        return [*self._impossible_counts(), *self._impossible_scores(), *self._impossible_caches()]
+
+    def _impossible_counts(self) -> list[tuple[bool, str]]:
+        """How many tokens a forward decides."""
+        steps, shares = f"steps is {self.steps}", self.select in ("topk", "independent", "scores")
         return [
             (
-                scheduled and self.steps % self.blocks > 0,
+                shares and self.steps % self.blocks > 0,
                 f"{steps}, which {self.blocks} blocks cannot share equally; choose a multiple of {self.blocks}.",
             ),
             (
@@ -128,7 +131,7 @@ class MaskedSettings(SamplerConfig):
                 f"{self.gen_length} and there must be one block. Set it so, or to 0: no limit.",
             ),
             (
-                self.select in ("factor", "entropy_bound") and self.steps > 0,
+                self.select in ("factor", "entropy_bound", "agreement") and self.steps > 0,
                 f"{steps}, but with select = {self.select!r} the model decides how many forwards there are; leave it "
                 "at 0.",
             ),
@@ -142,10 +145,15 @@ class MaskedSettings(SamplerConfig):
                 "schedule = 'keep_floor' compares all positions of the answer in every forward: it needs one block and "
                 "cache = 'none'.",
             ),
+        ]
+
+    def _impossible_scores(self) -> list[tuple[bool, str]]:
+        """Which tokens it decides."""
+        score = f"score = {self.score!r}"
+        return [
             (
                 self.score in ("random", "given") and self.schedule == KEEP_FLOOR,
-                f"schedule = 'keep_floor' keeps the least sure open, which score = {self.score!r} does not say; choose "
-                "another score.",
+                f"schedule = 'keep_floor' keeps the least sure open, which {score} does not say; choose another score.",
             ),
             (
                 (self.score == "given") != bool(self.order) or (self.score == "given" and not self._is_order()),
@@ -157,6 +165,17 @@ class MaskedSettings(SamplerConfig):
                 f"score = 'given' needs select = 'topk', not {self.select!r}: the order and the schedule say all.",
             ),
             (
+                self.select == "agreement" and self.score != "confidence",
+                f"{score} with select = 'agreement', which decides from left to right; leave it at 'confidence'.",
+            ),
+        ]
+
+    def _impossible_caches(self) -> list[tuple[bool, str]]:
+        """What is computed again."""
+        cached, shifted = f"cache = {self.cache!r}", self.alignment == "shift"
+        in_blocks, dkv = self.cache in masked_caches.PREFIX_CACHES, self.cache.startswith("dkv")
+        return [
+            (
                 self.cfg_scale > 0 and self.cache not in ("none", "dllm"),
                 f"cfg_scale is {self.cfg_scale} with {cached}: keys and values without the prompt would need a cache "
                 "of their own. Use cache = 'none' or 'dllm', or cfg_scale 0.",
@@ -166,23 +185,27 @@ class MaskedSettings(SamplerConfig):
                 f"{cached} with select = {self.select!r} is not defined; use cache = 'none'.",
             ),
             (
+                self.select == "agreement" and self.cache not in ("none", "free"),
+                f"{cached} with select = 'agreement' is not defined; use cache = 'free', or 'none'.",
+            ),
+            (
                 in_blocks
-                and self.alignment == "shift"
+                and shifted
                 and (self.block < 2 or (self.select, self.schedule) not in (("topk", LINEAR_T), ("threshold", "even"))),
                 f"{cached} with shifted logits decides the first token of a block by itself and the others by "
                 "threshold or schedule = 'linear_t': use one of these, and blocks of at least 2.",
             ),
             (
-                in_blocks and self.alignment == "shift" and self.select == "topk" and self.steps_of_block < 2,
+                in_blocks and shifted and self.select == "topk" and self.steps_of_block < 2,
                 f"{cached} with shifted logits needs two steps for each block, the first of which decides one token; "
-                f"{steps} for {self.blocks} blocks.",
+                f"steps is {self.steps} for {self.blocks} blocks.",
             ),
             (
-                self.cache in masked_caches.SHIFTED_CACHES and self.alignment == "same",
+                self.cache in masked_caches.SHIFTED_CACHES and not shifted,
                 f"{cached} is made for shifted logits, and alignment is 'same'; use 'dkv_decode'.",
             ),
             (
-                dkv and self.alignment == "shift" and (self.blocks > 1 or self.cache == "dkv_greedy"),
+                dkv and shifted and (self.blocks > 1 or self.cache == "dkv_greedy"),
                 f"{cached} with shifted logits is not defined for blocks or a fixed order: use one block, and one of "
                 "dkv_decode, dkv_prefill, dkv_pd.",
             ),
@@ -218,6 +241,10 @@ class MaskedSettings(SamplerConfig):
 
     def check_holes(self, sizes: Sequence[int]) -> None:
         """Holes of any size can be filled."""
+        if self.select == "agreement":
+            raise UserError(
+                "select = 'agreement' reads a text from left to right and fills no holes; choose another select."
+            )
         if len(sizes) > 1 and self.alignment == "shift" and self.cache not in ("none", "dllm"):
             raise UserError(
                 f"The template has {len(sizes)} holes. With shifted logits the token before a hole says its first one, "

@@ -26,7 +26,7 @@ from refusion_jax.model.config import ModelConfig
 from refusion_jax.model.head import over_vocabulary
 from refusion_jax.model.qwen3 import Qwen3, unstacked
 from refusion_jax.parallel import sharding
-from refusion_jax.sampling import dllm_cache, prefixes, reduction
+from refusion_jax.sampling import agreement, dllm_cache, masked_select, prefixes, reduction
 from refusion_jax.sampling.config import SamplerConfig, Settings
 from refusion_jax.sampling.state import Canvas, Request, State
 
@@ -106,6 +106,8 @@ def forward(sampler, params: dict, state: State) -> State:
     window = jax.vmap(sampler.ask, (0, None))(rows, room)
     see = functools.partial(look, sampler, params, window, rows.settings)
     cache, seen = by_width(see, sizes, choice(window.used), state.cache)
+    if sampler.in_place and sampler.verified:
+        cache, seen = verify(sampler, params, window, rows.settings, cache, seen)
     rows = rows.replace(canvas=jax.vmap(Canvas.forwarded)(rows.canvas, jnp.where(rows.done, 0, window.used)))
     rows, committed = jax.vmap(sampler.advance)(rows, window, seen)
     return State(cache.commit(committed), rows)
@@ -139,14 +141,29 @@ def look(
         context = Cached.appended(cache, first(window.mask)[..., :width], model.attention)
         hidden, context = Qwen3(model).apply({"params": params}, first(window.tokens), first(window.positions), context)
         cache, query, padding = context.cache, jax.tree.map(first, window.query), sampler.window - width
+    seen = answered(model, params, hidden, query, settings)
+    return cache, jax.tree.map(lambda x: jnp.pad(x, ((0, 0), (0, padding), *((0, 0),) * (x.ndim - 2))), seen)
+
+
+def answered(model: ModelConfig, params: dict, hidden: jax.Array, query: Any, settings: Settings) -> reduction.Seen:
+    """What the logits of hidden states say to a query, token by token."""
     leaves, tree = jax.tree.flatten(query)
 
     def head(sampled: bool):
         reduce = lambda logits, *query: tree.unflatten(query).answer(model, logits, sampled)
         return lambda: over_vocabulary(model, params, hidden, reduce, *leaves)
 
-    seen = jax.lax.cond((settings.temperature > 0).any(), head(True), head(False))
-    return cache, jax.tree.map(lambda x: jnp.pad(x, ((0, 0), (0, padding), *((0, 0),) * (x.ndim - 2))), seen)
+    return jax.lax.cond((settings.temperature > 0).any(), head(True), head(False))
+
+
+def verify(
+    sampler, params: dict, window: Any, settings: Settings, cache: KVCache, seen: masked_select.Scores
+) -> tuple[KVCache, masked_select.Scores]:
+    """The same with whether a causal pass over the drafts would draft, by the same draws, what they are."""
+    shift = sampler.alignment == "shift"
+    hidden, kept = agreement.forward(sampler.model, params, window.block, seen.draft, shift, cache.features)
+    own = answered(sampler.model, params, hidden, window.query, settings)
+    return cache.replace(features=kept), seen.replace(agreed=own.draft == seen.draft)
 
 
 def look_in_place(sampler, params: dict, window: Any, width: int, cache: KVCache) -> tuple[jax.Array, KVCache]:
@@ -202,6 +219,9 @@ def prefill(sampler, params: dict, state: State, chunk: Chunk) -> State:
     cache, length, prompts = state.cache, offset + count, None
     if sampler.in_place:
         length, prompts = length + flat(chunk.request.settings.limit), tokens  # all that is forwarded is seen
+        if sampler.verified:
+            kept = agreement.read(sampler.model, params, tokens, chunk.row, cache.features)
+            cache = cache.replace(features=kept)
     else:
         # Padding is forwarded too: it comes last, and what it leaves in the cache is overwritten before it can be seen.
         view = cache.replace(rows=chunk.row, length=offset)

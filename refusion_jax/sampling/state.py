@@ -109,7 +109,8 @@ class State:
         by_entry = lambda x: nn.with_logical_constraint(x, entries if x.ndim == 4 else ("layers", *entries))
         by_row = lambda x: nn.with_logical_constraint(x, ("batch", *(None,) * (x.ndim - 1)))
         k, v = jax.tree.map(by_entry, (self.cache.k, self.cache.v))
-        features, rows = jax.tree.map(by_row, (self.cache.features, self.rows))
+        features = jax.tree.map(lambda x: by_row(x) if x.ndim == 3 else by_entry(x), self.cache.features)
+        rows = jax.tree.map(by_row, self.rows)
         return State(KVCache(k, v, by_row(self.cache.length), features=features), rows)
 
 
