@@ -409,6 +409,16 @@ def test_rows_have_their_own_settings():
     assert len({answer.forwards for answer in found.values()}) > 2
 
 
+def test_a_budget_of_steps_is_shared_by_the_tokens_that_are_asked_for():
+    """Threshold decoding that is never sure reaches every limit, whether the steps divide it or are more."""
+    config = dataclasses.replace(CONFIG, select="threshold", threshold=1.0, block_length=0, steps=8)
+    engine = Engine(PARAMS, MODEL, config, 4, max_prompt_length=40)
+    for index, limit in enumerate((16, 12, 5, 1)):
+        engine.add(Prompt(PROMPTS[index], config, index, limit=limit))
+    found = sorted((a for _ in range(4) for a in engine.step(40)), key=lambda answer: answer.index)
+    assert [sorted(answer.order) for answer in found] == [list(range(limit)) for limit in (16, 12, 5, 1)]
+
+
 def test_stream_shows_what_is_decided():
     seen = {}
     for answer in stream(PARAMS, MODEL, CONFIG, PROMPTS[:5], batch_size=4, every=1):
@@ -501,6 +511,8 @@ def test_the_objective_chooses_the_method_and_refuses_others():
         assert (suited(Sedd(), None), config.select, config.block) == ("masked", given.get("select", "scores"), block)
     with pytest.raises(UserError, match="cannot be decoded with the method autoregressive: decode it with masked"):
         suited(Masked(), "autoregressive")
+    with pytest.raises(UserError, match="alignment is 'shift', but the model was trained with 'same'"):
+        MaskedConfig.suited(MODEL, Masked(), dict(alignment="shift"))
     with pytest.raises(UserError, match="cannot be decoded with the method masked: decode it with autoregressive"):
         suited(Autoregressive(), "masked")
     with pytest.raises(UserError, match="no mask token"):

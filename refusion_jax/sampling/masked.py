@@ -39,9 +39,14 @@ class MaskedConfig(MaskedSettings):
         of all masks together where scores are what was learnt.
         """
         given = super().suited(model, objective, given)
+        learnt = getattr(objective, "alignment", cls.alignment)
+        if given.setdefault("alignment", learnt) != learnt and objective:
+            raise UserError(
+                f"alignment is {given['alignment']!r}, but the model was trained with {learnt!r}: its logits would be "
+                "taken for those of other positions. Leave the alignment out."
+            )
         if getattr(objective, "kind", None) == "sedd" and given.setdefault("select", "scores") == "scores":
-            given.setdefault("block_length", 0)
-        given.setdefault("alignment", getattr(objective, "alignment", cls.alignment))
+            given = dict(block_length=0, eps=1e-5) | given
         if given["alignment"] == "same" and given["gen_length"] > 0:
             size = getattr(objective, "block_size", 0) or 32
             given.setdefault("block_length", math.gcd(given["gen_length"], size))

@@ -275,7 +275,9 @@ class MaskedSettings(SamplerConfig):
             of_block = masked_select.counts(self.schedule, tokens, self.steps_of_block, self.eps, self.leads)
             counts[: len(of_block)] = of_block
         elif self.select == "threshold":
-            counts[: self.steps or None] = limit // self.steps if self.steps else self.block
+            counts[: self.steps or None] = (
+                masked_select.counts("even", limit, self.steps, 0) if self.steps else self.block
+            )
         transfer = np.int32(int(limit * self.transfer_ratio))
         return found | {"steps": np.int32(self.steps_of_block), "counts": counts, "transfer": transfer}
 
