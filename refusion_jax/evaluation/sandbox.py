@@ -48,11 +48,9 @@ class Outcome:
 
 @functools.cache
 def namespaces() -> tuple[str, ...]:
-    """The command that puts a program into namespaces of its own; empty where the system does not allow that."""
-    if shutil.which("unshare") is None:
-        return ()
-    tried = subprocess.run([*NAMESPACES, "true"], capture_output=True)
-    return tuple(NAMESPACES) if tried.returncode == 0 else ()
+    """The command that puts a program into namespaces of its own; empty where a program does not run well in them."""
+    works = shutil.which("unshare") is not None and _run("", Limits(), NAMESPACES).passed
+    return tuple(NAMESPACES) if works else ()
 
 
 def strength() -> str:
@@ -68,13 +66,17 @@ def run(program: str, limits: Limits = Limits()) -> Outcome:
     Returns:
       passed: its last line was reached and it ended with code 0, so an early `sys.exit(0)` is no success.
     """
+    return _run(program, limits, namespaces())
+
+
+def _run(program: str, limits: Limits, within: Sequence[str]) -> Outcome:
     token = secrets.token_hex(8)
     text = f"{program}\n\n__import__('os').write(int(__import__('sys').argv[1]), b'{token}')\n"
     with tempfile.TemporaryDirectory(prefix="program-", ignore_cleanup_errors=True) as folder:
         order = dataclasses.asdict(limits) | {"folder": folder, "token": token}
         environ = {"PATH": os.environ.get("PATH", os.defpath), "HOME": folder, "TMPDIR": folder, "LANG": "C.UTF-8"}
         process = subprocess.Popen(
-            [*namespaces(), sys.executable, "-I", str(SUPERVISOR), json.dumps(order)],
+            [*within, sys.executable, "-I", str(SUPERVISOR), json.dumps(order)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
