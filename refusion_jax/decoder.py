@@ -201,6 +201,12 @@ def run_sources(checkpoint: str, part: str, step: int | None = None) -> list[Sou
     return sources
 
 
+def task_names(sources: Sequence[Source]) -> list[str]:
+    """What the task of each source is called: as its data; numbered where several are called the same."""
+    names = [pathlib.Path(source.config.path).stem for source in sources]
+    return [f"{name}-{i}" if names.count(name) > 1 else name for i, name in enumerate(names)]
+
+
 def read_settings(path: pathlib.Path | None) -> dict[str, Any]:
     """The object in a file of --settings."""
     if path is None:
@@ -288,6 +294,20 @@ def _numbers(text: str) -> tuple[int, ...]:
     return tuple(int(number) for number in text.split(","))
 
 
+def add_file_arguments(parser: argparse.ArgumentParser) -> None:
+    """Flags that say where settings stand that are not given by flags."""
+    parser.add_argument(
+        "--settings",
+        type=pathlib.Path,
+        metavar="FILE.json",
+        help='of the sampler: {"slot_threshold": 0.8, ...}, or by task as tools/tune_sampler.py writes them; flags '
+        "come before it",
+    )
+    parser.add_argument(
+        "--task", default="", metavar="NAME", help="whose settings to take where --settings has several"
+    )
+
+
 def add_batch_arguments(parser: argparse.ArgumentParser) -> None:
     """Flags of a call of `sampling.stream`."""
     parser.add_argument("--batch-size", type=int, default=8, metavar="N", help="prompts decoded at a time; default 8")
@@ -308,9 +328,26 @@ def decoder_of(arguments: argparse.Namespace) -> Decoder:
 
 
 def settings_of(arguments: argparse.Namespace, decoder: Decoder, **given: Any) -> SamplerConfig:
-    """The sampler's settings that the flags name, `given` ones instead of theirs. A `method` that is given takes those
-    flags that it has.
+    """The sampler's settings: `given` ones, then flags, then those of a file, where the command takes one, then what
+    suits the model. A `method` that is given takes of flags and file what it has.
     """
     configs = [METHODS[given["method"]]] if "method" in given else METHODS.values()
     names = {"method", *(field.name for config in configs for field in dataclasses.fields(config))}
-    return decoder.settings(**{name: getattr(arguments, name) for name in names} | given)
+    of_file = _settings_of_file(arguments) if "settings" in arguments else {}
+    if "method" in given:
+        of_file = {name: value for name, value in of_file.items() if name in names}
+    flags = {name: getattr(arguments, name) for name in names if getattr(arguments, name) is not None}
+    return decoder.settings(**of_file | flags | given)
+
+
+def _settings_of_file(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Those that --settings holds, for --task where it has them by task."""
+    found, task = read_settings(arguments.settings), arguments.task
+    if not any(isinstance(value, dict) for value in found.values()):
+        return found
+    if task not in found and (task or len(found) > 1):
+        raise UserError(
+            f"--settings {arguments.settings} has settings for {', '.join(found)}; choose with --task, which is "
+            f"{task!r}."
+        )
+    return found[task or next(iter(found))]

@@ -25,10 +25,10 @@ from refusion_jax.decoder import (
     Answer,
     Decoder,
     add_batch_arguments,
+    add_file_arguments,
     add_model_arguments,
     add_sampler_arguments,
     decoder_of,
-    read_settings,
     settings_of,
 )
 from refusion_jax.errors import UserError, run_main
@@ -64,31 +64,17 @@ def main(argv: Sequence[str] | None = None) -> None:
         distributed.initialize()
         with distributed.together():
             decoder = decoder_of(arguments)
-            answer_file(decoder, config_of(arguments, decoder), arguments)
+            answer_file(decoder, settings_of(arguments, decoder), arguments)
         return
     decoder = decoder_of(arguments)
     if arguments.infill:
         fill_file(decoder, arguments)
         return
-    config = config_of(arguments, decoder)
+    config = settings_of(arguments, decoder)
     if arguments.interactive:
         answer_interactively(decoder, config, arguments)
     else:
         answer_prompts(decoder, config, arguments)
-
-
-def config_of(arguments: argparse.Namespace, decoder: Decoder, **given: Any) -> SamplerConfig:
-    """The sampler's settings: `given` ones, then flags, then those of the file, then what suits the model."""
-    of_file, task = read_settings(arguments.settings), arguments.task
-    if any(isinstance(value, dict) for value in of_file.values()):
-        if task not in of_file and (task or len(of_file) > 1):
-            raise UserError(
-                f"--settings {arguments.settings} has settings for {', '.join(of_file)}; choose with --task, which is "
-                f"{task!r}."
-            )
-        of_file = of_file[task or next(iter(of_file))]
-    of_file = {name: value for name, value in of_file.items() if getattr(arguments, name, None) is None}
-    return settings_of(arguments, decoder, **of_file | given)
 
 
 def arguments_of(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -133,16 +119,7 @@ def arguments_of(argv: Sequence[str] | None) -> argparse.Namespace:
         default="auto",
         help="with --show-order; auto: numbers instead of colours when not on a terminal or with NO_COLOR",
     )
-    parser.add_argument(
-        "--settings",
-        type=pathlib.Path,
-        metavar="FILE.json",
-        help='of the sampler: {"slot_threshold": 0.8, ...}, or by task as tools/tune_sampler.py writes them; flags '
-        "come before it",
-    )
-    parser.add_argument(
-        "--task", default="", metavar="NAME", help="whose settings to take where --settings has several"
-    )
+    add_file_arguments(parser)
     add_batch_arguments(parser)
     add_sampler_arguments(parser)
     return parser.parse_args(argv)
@@ -366,7 +343,7 @@ def fill_file(decoder: Decoder, arguments: argparse.Namespace) -> None:
     if not templates:
         raise UserError(f'{arguments.infill} has no line; write {{"template": ["text", 16, "text"]}} on each.')
     longest = max(sum(template.sizes) for template in templates.values())
-    config = config_of(arguments, decoder, gen_length=longest)
+    config = settings_of(arguments, decoder, gen_length=longest)
     _each(templates, lambda t: infilling.request(t, decoder.tokenizer, decoder.model, config), arguments.infill)
     results = decoder.fill(list(templates.values()), config, batch_size=arguments.batch_size, seed=arguments.seed)
     try:

@@ -14,6 +14,7 @@ import logging
 import os
 import pathlib
 import socket
+import sys
 import time
 from collections.abc import Sequence
 
@@ -22,7 +23,14 @@ import jax.numpy as jnp
 from absl import logging as absl_logging
 
 from refusion_jax import compilation
-from refusion_jax.decoder import Decoder, add_model_arguments, add_sampler_arguments, decoder_of, settings_of
+from refusion_jax.decoder import (
+    Decoder,
+    add_file_arguments,
+    add_model_arguments,
+    add_sampler_arguments,
+    decoder_of,
+    settings_of,
+)
 from refusion_jax.errors import UserError, run_main
 from refusion_jax.sampling import Engine, SamplerConfig
 from refusion_jax.sampling.methods import METHODS
@@ -110,6 +118,7 @@ def arguments_of(argv: Sequence[str] | None) -> argparse.Namespace:
         "--grace", type=float, default=300, metavar="SECONDS", help="for running requests after SIGTERM; default 300"
     )
     parser.add_argument("--log-prompts", action="store_true", help="also log what is asked and answered")
+    add_file_arguments(parser)
     add_sampler_arguments(parser)
     arguments = parser.parse_args(argv)
     for name in ("batch_size", "max_waiting"):
@@ -293,7 +302,12 @@ def run(service: "Service", listening: socket.socket, grace: float) -> None:
         timeout_graceful_shutdown=5,
         server_header=False,
     )
-    Server(config).run(sockets=[listening])
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(1e-4)  # between two turns the device thread waits for the interpreter, and the device for it
+    try:
+        Server(config).run(sockets=[listening])
+    finally:
+        sys.setswitchinterval(before)
 
 
 if __name__ == "__main__":

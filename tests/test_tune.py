@@ -11,7 +11,7 @@ import pytest
 from flax import linen as nn
 
 from refusion_jax import decoder as decoder_lib
-from refusion_jax import generate
+from refusion_jax import generate, serve
 from refusion_jax.checkpoint import orbax
 from refusion_jax.config import load_config
 from refusion_jax.data.tokenizers import load_tokenizer
@@ -105,13 +105,13 @@ def test_curve_and_choice(tool):
         assert chosen in near and chosen.speed == max(p.speed for p in near)
 
 
-def test_file_is_taken_by_generate(tool, run, decoder, monkeypatch, tmp_path, capsys):
+def test_file_is_taken_by_all_commands(tool, run, decoder, monkeypatch, tmp_path, capsys):
     out = tmp_path / "found" / "settings.json"
     words = [
         "--examples",
         "4",
         "--slot-sizes",
-        "4,8",
+        "4",
         "--thresholds",
         "0.3,0.9",
         "--batch-size",
@@ -125,19 +125,36 @@ def test_file_is_taken_by_generate(tool, run, decoder, monkeypatch, tmp_path, ca
     assert "| data | chosen |" in table and "| data | held out |" in table
     assert out.with_suffix(".png").stat().st_size > 1000
     (settings,) = json.loads(out.read_text()).values()
-    assert settings["slot_size"] in (4, 8) and settings["slot_threshold"] in (0.3, 0.9)
+    assert settings["slot_size"] == 4 and settings["slot_threshold"] in (0.3, 0.9)
     argv = ["--checkpoint", str(run), "--prompt", "sun", "--settings", str(out)]
-    config = generate.config_of(generate.arguments_of(argv), decoder)
+    config = decoder_lib.settings_of(generate.arguments_of(argv), decoder)
     assert {name: getattr(config, name) for name in settings} == settings
-    changed = generate.config_of(generate.arguments_of([*argv, "--slot-threshold", "0.77"]), decoder)
+    changed = decoder_lib.settings_of(generate.arguments_of([*argv, "--slot-threshold", "0.77"]), decoder)
     assert changed == dataclasses.replace(config, slot_threshold=0.77)
+
+    pytest.importorskip("lm_eval")
+    from refusion_jax import evaluate
+
+    argv = ["--checkpoint", str(run), "--tasks", "held_out", "--settings", str(out), "--out", "nowhere"]
+    ((benchmark, found),) = evaluate.documents.load("held_out", {}, str(run), None)
+    tuned = evaluate.read_settings(out)
+    assert evaluate.config_of(evaluate.arguments_of(argv), decoder, benchmark, found, tuned) == config
+
+    protocol = pytest.importorskip("refusion_jax.serving.protocol")
+    argv = ["--checkpoint", str(run), "--also", "autoregressive", "--settings", str(out), "--max-length", "100"]
+    offer = serve.service_of(decoder, serve.arguments_of(argv)).offer
+    assert list(offer.methods) == ["plan_and_infill", "autoregressive"]
+    assert offer.methods["plan_and_infill"] == config
+    assert offer.methods["autoregressive"].gen_length == settings["gen_length"]
+    asked = {"prompt": "sun", "slot_threshold": 0.77}
+    assert protocol.completion(asked, offer).config == changed
 
 
 def test_settings_of_several_tasks(decoder, tmp_path):
     file = tmp_path / "settings.json"
     file.write_text(json.dumps({"a": {"slot_size": 4, "gen_length": 16}, "b": {"slot_size": 8, "gen_length": 16}}))
     argv = ["--checkpoint", "none", "--prompt", "sun", "--settings", str(file)]
-    config = lambda *more: generate.config_of(generate.arguments_of([*argv, *more]), decoder)
+    config = lambda *more: decoder_lib.settings_of(generate.arguments_of([*argv, *more]), decoder)
     assert config("--task", "b").slot_size == 8 and config("--task", "a").slot_size == 4
     for more in ([], ["--task", "c"]):
         with pytest.raises(UserError, match="has settings for a, b; choose with --task"):

@@ -2,6 +2,7 @@
 
     python tools/tune_sampler.py --checkpoint runs/quickstart --out runs/quickstart/settings.json
     python -m refusion_jax.generate --checkpoint runs/quickstart --settings runs/quickstart/settings.json --prompt "..."
+    python -m refusion_jax.serve --checkpoint runs/quickstart --settings runs/quickstart/settings.json
 
 Settings are tried on examples of the run's training data; those chosen are reported on its held-out data, which choose
 nothing. Thresholds are each request's own: all pairs of them share one compiled loop, side by side in one batch, and
@@ -21,7 +22,14 @@ from absl import logging
 
 from refusion_jax import compilation
 from refusion_jax.data.examples import Source
-from refusion_jax.decoder import Decoder, add_batch_arguments, add_model_arguments, decoder_of, run_sources
+from refusion_jax.decoder import (
+    Decoder,
+    add_batch_arguments,
+    add_model_arguments,
+    decoder_of,
+    run_sources,
+    task_names,
+)
 from refusion_jax.errors import UserError, run_main
 from refusion_jax.progress import Progress
 from refusion_jax.sampling import Engine, PlanAndInfillConfig, Prompt
@@ -175,18 +183,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     arguments = arguments_of(argv)
     compilation.keep_programs()
     logging.set_verbosity(logging.ERROR)
-    sources, held_out = (
-        {
-            pathlib.Path(source.config.path).stem: source
-            for source in run_sources(arguments.checkpoint, part, arguments.step)
-        }
-        for part in ("train", "evaluation")
-    )
+    by_part = (run_sources(arguments.checkpoint, part, arguments.step) for part in ("train", "evaluation"))
+    tasks, held_out = (dict(zip(task_names(sources), sources)) for sources in by_part)
     decoder = decoder_of(arguments)
     written, curves = {}, {}
     print("| task | | slot size | blocks | slot threshold | token threshold | accuracy | tokens per forward |")
     print("|---|---|---|---|---|---|---|---|")
-    for task, source in sources.items():
+    for task, source in tasks.items():
         points = tune(decoder, source, arguments)
         chosen = choose(points, arguments.tolerance)
         for point in front(points):

@@ -13,7 +13,7 @@ from typing import Any
 from refusion_jax.config import SourceConfig
 from refusion_jax.data.examples import Source
 from refusion_jax.data.sources import open_source
-from refusion_jax.decoder import held_out
+from refusion_jax.decoder import held_out, task_names
 from refusion_jax.errors import UserError
 from refusion_jax.evaluation.tasks import BENCHMARKS, Benchmark, Document, procedural
 
@@ -67,9 +67,7 @@ def load(
     """
     if name == HELD_OUT:
         sources = held_out(checkpoint, step)
-        names = [pathlib.Path(source.config.path).stem for source in sources]
-        names = [f"{name}-{i}" if names.count(name) > 1 else name for i, name in enumerate(names)]
-        return [(procedural(name), of_source(source)) for name, source in zip(names, sources)]
+        return [(procedural(name), of_source(source)) for name, source in zip(task_names(sources), sources)]
     if name in BENCHMARKS:
         benchmark = BENCHMARKS[name]
         found = from_file(benchmark, files[name]) if name in files else from_package(name) or from_hub(benchmark)
