@@ -504,9 +504,9 @@ def test_the_objective_chooses_the_method_and_refuses_others():
         settings = MaskedConfig.suited(MODEL, objective, dict(gen_length=48))
         config = MaskedConfig(**settings)
         assert config.alignment == objective.alignment
-        assert config.block == (16 if objective.alignment == "same" else 48)
+        assert config.block == (24 if objective.alignment == "same" else 48)
     assert METHODS["masked"] is MaskedConfig
-    for given, block in ({}, 48), (dict(select="topk"), 16):  # ratios are what it has learnt, of all masks at once
+    for given, block in ({}, 48), (dict(select="topk"), 24):  # ratios are what it has learnt, of all masks at once
         config = MaskedConfig(**MaskedConfig.suited(MODEL, Sedd(), dict(gen_length=48) | given))
         assert (suited(Sedd(), None), config.select, config.block) == ("masked", given.get("select", "scores"), block)
     with pytest.raises(UserError, match="cannot be decoded with the method autoregressive: decode it with masked"):

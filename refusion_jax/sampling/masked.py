@@ -12,7 +12,6 @@ functions are of one row.
 """
 
 import dataclasses
-import math
 from typing import Any, ClassVar
 
 import jax
@@ -35,8 +34,8 @@ class MaskedConfig(MaskedSettings):
 
     @classmethod
     def suited(cls, model: ModelConfig, objective: Any, given: dict[str, Any]) -> dict[str, Any]:
-        """The objective's alignment; blocks of 32 for LLaDA's kind, Dream's own order for shifted logits, SEDD's update
-        of all masks together where scores are what was learnt.
+        """The objective's alignment; blocks of at most 32 for LLaDA's kind, Dream's own order for shifted logits,
+        SEDD's update of all masks together where scores are what was learnt.
         """
         given = super().suited(model, objective, given)
         learnt = getattr(objective, "alignment", cls.alignment)
@@ -49,7 +48,8 @@ class MaskedConfig(MaskedSettings):
             given = dict(block_length=0, eps=1e-5) | given
         if given["alignment"] == "same" and given["gen_length"] > 0:
             size = getattr(objective, "block_size", 0) or 32
-            given.setdefault("block_length", math.gcd(given["gen_length"], size))
+            fitting = [n for n in range(1, size + 1) if given["gen_length"] % n == 0]
+            given.setdefault("block_length", fitting[-1])
         if given["alignment"] == "shift" and given.get("select", cls.select) == "topk":
             given.setdefault("score_temperature", 0.0)
             for name, value in dict(schedule=LINEAR_T, score="entropy").items():
