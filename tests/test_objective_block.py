@@ -96,9 +96,9 @@ def test_a_noisy_block_sees_itself_and_the_clean_blocks_before():
     assert not (np.asarray(inputs.tokens)[0, :3] == MASK).any()
 
 
-@pytest.mark.parametrize("split", [((2, 1, 1), {"accumulation": 2}), ((1, 2, 1), {})], ids=["microbatches", "fsdp"])
+@pytest.mark.parametrize("split", [((2, 1, 1), {"accumulation": 2}), ((2, 2, 2), {})], ids=["two", "eight"])
 def test_mesh_and_accumulation_change_nothing(split):
-    """Two devices, for three optimizer steps of packed rows."""
+    """Two or eight devices, for three optimizer steps of packed rows."""
     shape, changes = split
     objective = SETTINGS["clipped"]
     _, gradient, end, expected = test_step.run(objective=objective)

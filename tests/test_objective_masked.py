@@ -130,12 +130,12 @@ def test_packed_equals_unpacked_in_any_order(name):
         assert not visible(inputs)[: len(segments)][crossing].any()
 
 
-@pytest.mark.parametrize("name", ["d3pm", "annealed"])
-def test_mesh_and_accumulation_change_nothing(name):
-    """Two devices and two microbatches, for three optimizer steps."""
+@pytest.mark.parametrize("name, shape", [("d3pm", (2, 2, 2)), ("annealed", (2, 1, 1))])
+def test_mesh_and_accumulation_change_nothing(name, shape):
+    """Eight or two devices and two microbatches, for three optimizer steps."""
     objective = SETTINGS[name]
     _, gradient, end, expected = test_step.run(objective=objective)
-    _, split_gradient, split_end, actual = test_step.run((2, 1, 1), objective=objective, accumulation=2)
+    _, split_gradient, split_end, actual = test_step.run(shape, objective=objective, accumulation=2)
     chex.assert_trees_all_close(split_gradient, gradient, rtol=1e-4, atol=1e-7)
     chex.assert_trees_all_close(split_end, end, atol=2e-4)
     chex.assert_trees_all_close(actual, expected, rtol=1e-4)

@@ -46,9 +46,10 @@ def test_corruption_is_that_of_masked_diffusion():
     assert not (np.asarray(Sedd(maskable="response").corrupt(KEY, batch, MODEL, 0).terms["mdm"].weights)[:, :2]).any()
 
 
-def test_mesh_and_accumulation_change_nothing():
+@pytest.mark.parametrize("shape", [(2, 1, 1), (2, 2, 2)], ids=["two", "eight"])
+def test_mesh_and_accumulation_change_nothing(shape):
     _, gradient, end, expected = test_step.run(objective=Sedd())
-    _, split_gradient, split_end, actual = test_step.run((2, 1, 1), objective=Sedd(), accumulation=2)
+    _, split_gradient, split_end, actual = test_step.run(shape, objective=Sedd(), accumulation=2)
     chex.assert_trees_all_close(split_gradient, gradient, rtol=1e-4, atol=1e-7)
     chex.assert_trees_all_close(split_end, end, atol=2e-4)
     chex.assert_trees_all_close(actual, expected, rtol=1e-4)

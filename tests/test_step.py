@@ -14,7 +14,7 @@ from flax import linen as nn
 
 from refusion_jax import keys
 from refusion_jax import step as steps_lib
-from refusion_jax.config import Config, DataConfig, OptimizerConfig
+from refusion_jax.config import Config, DataConfig, LoraConfig, OptimizerConfig
 from refusion_jax.errors import UserError
 from refusion_jax.metrics import flops
 from refusion_jax.model import head
@@ -95,6 +95,32 @@ def run(shape=(1, 1, 1), **changes):
         moments = moments or jax.device_get(optax.tree.get(state.opt_state, "mu"))
         metrics.append({name: float(x) for name, x in values.items()})
     return before, moments, jax.device_get(state.params), metrics
+
+
+@pytest.mark.parametrize("method", ["llada", "bd3", "sedd"])
+def test_adapters_in_bfloat16_learn_every_kind_of_objective(method):
+    """They start at the loss of their base in float32, and leave the base as it is."""
+    objective, batch = METHODS[method], uneven_batch()
+    program = program_of(
+        objective=objective, lora=LoraConfig(rank=2), model=dataclasses.replace(MODEL, dtype="bfloat16")
+    )
+    base = nn.unbox(init_params(MODEL, jax.random.key(1)))
+    frozen = jax.tree.map(lambda x, like: x.astype(like.dtype), base, program.abstract_state.frozen)
+    state, losses = program.init(jax.random.key(2)).replace(frozen=frozen), []
+    for _ in range(3):  # the same examples under the same corruption
+        state, metrics = program.train(state, batch)
+        assert np.isfinite(list(metrics.values())).all()
+        losses.append(float(metrics["loss"]))
+
+    @jax.jit
+    def loss(params):
+        inputs = objective.corrupt(keys.domain_key(CONFIG.seed, "corruption"), batch, MODEL, 0)
+        found = token_losses(MODEL, objective, {"params": params}, inputs).loss
+        return sum(term.scale * term.numerator(found) / term.denominator for term in inputs.terms.values())
+
+    np.testing.assert_allclose(losses[0], loss(base), rtol=1e-2)
+    assert losses[2] < losses[1] < losses[0]
+    chex.assert_trees_all_equal(state.frozen, jax.tree.map(lambda x: x.astype(LoraConfig().base_dtype), base))
 
 
 # --- One answer on any mesh.
