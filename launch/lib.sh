@@ -33,18 +33,33 @@ usage() {
   exit "${1:-0}"
 }
 
-# Catches what would fail only after machines have been waited for.
-check_train_arguments() {
-  local config workdir argument previous=
+# The last value of flag $1 among the arguments that follow it, given as --flag VALUE or --flag=VALUE.
+flag() {
+  local name="$1" argument found='' previous=''
+  shift
   for argument in "$@"; do
-    case $argument in
-      --config=*) config="${argument#*=}" ;;
-      --workdir=*) workdir="${argument#*=}" ;;
-      *) case $previous in --config) config="$argument" ;; --workdir) workdir="$argument" ;; esac ;;
-    esac
+    [ "$previous" != "$name" ] || found="$argument"
+    [ "${argument#"$name="}" = "$argument" ] || found="${argument#"$name="}"
     previous="$argument"
   done
-  [ -n "${config:-}" ] || die "say what to train: --config configs/tiny.py"
+  echo "$found"
+}
+
+# Catches what would fail only after machines have been waited for.
+check_train_arguments() {
+  check_config train "$@"
+  [ -n "$(flag --workdir "$@")" ] || die "say where the run's files go: --workdir DIR (a folder that all machines share, or gs://..)"
+}
+
+check_prepare_arguments() {
+  check_config prepare "$@"
+  [ -n "$(flag --out "$@")" ] || die "say where the tokenised data go: --out DIR (a folder that all machines share, or gs://..)"
+}
+
+check_config() {
+  local what="$1" config
+  shift
+  config="$(flag --config "$@")"
+  [ -n "$config" ] || die "say what to $what: --config configs/tiny.py"
   [ -f "$ROOT/${config%%:*}" ] || die "no such config in the repository: ${config%%:*}"
-  [ -n "${workdir:-}" ] || die "say where the run's files go: --workdir DIR (a folder that all machines share)"
 }

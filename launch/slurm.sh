@@ -14,8 +14,8 @@
 # --name NAME        name of the job (default refusion)
 # --sbatch OPTION    one more option of sbatch, such as --sbatch --partition=a100; may be repeated
 # --dry-run          print the batch script and the commands, submit nothing
-# Everything from the first other argument on goes to python -m refusion_jax.train. The repository and --workdir must be on
-# a file system that all nodes share.
+# Everything from the first other argument on goes to python -m refusion_jax.train, or to python -m refusion_jax.prepare. The
+# repository must be on a file system that all nodes share; --workdir and --out too, or in a bucket (gs://..).
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/lib.sh"
 
@@ -48,6 +48,7 @@ case $action in
 esac
 
 if [ "$action" = prepare ]; then
+  check_prepare_arguments "$@"
   batch="#!/bin/bash
 #SBATCH --job-name=$name-data
 #SBATCH --array=0-$((workers - 1))
@@ -91,7 +92,7 @@ batch="#!/bin/bash
 $(for option in "${extra[@]}"; do echo "#SBATCH $option"; done)
 set -euo pipefail
 cd $(quoted "$ROOT")
-REFUSION_EXTRAS=cuda,hf source launch/env.sh
+REFUSION_EXTRAS=cuda,hf,gcs source launch/env.sh
 srun --kill-on-bad-exit=1 $(quoted python -m refusion_jax.train "$@")"
 
 if [ "$DRY_RUN" = yes ]; then

@@ -190,18 +190,23 @@ def _end_with_parent() -> None:
     threading.Thread(target=wait, daemon=True).start()
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(
+def parser() -> argparse.ArgumentParser:
+    """The command's arguments."""
+    found = argparse.ArgumentParser(
         prog="python -m refusion_jax.prepare",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    add_config_arguments(parser)
-    parser.add_argument("--out", required=True, metavar="STORE", help="folder, or bucket")
-    parser.add_argument("--processes", type=int, default=os.cpu_count(), help="on this machine (default: its cores)")
-    parser.add_argument("--worker", default="", metavar="I/N", help="which of N machines this is, counted from 0")
-    parser.add_argument("--shard-mib", type=float, default=256, help="text in a shard, MiB (default 256)")
-    arguments, config = parse_config(parser)
+    add_config_arguments(found)
+    found.add_argument("--out", required=True, metavar="STORE", help="folder, or bucket")
+    found.add_argument("--processes", type=int, default=os.cpu_count(), help="on this machine (default: its cores)")
+    found.add_argument("--worker", default="", metavar="I/N", help="which of N machines this is, counted from 0")
+    found.add_argument("--shard-mib", type=float, default=256, help="text in a shard, MiB (default 256)")
+    return found
+
+
+def main() -> None:
+    arguments, config = parse_config(parser())
     if arguments.processes < 1 or arguments.shard_mib <= 0:
         raise UserError("--processes and --shard-mib must be greater than 0.")
     prepare(

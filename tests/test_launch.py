@@ -15,13 +15,12 @@ import time
 import micro
 import pytest
 import yaml
+from launching import LAUNCH, ROOT, bash, calls_of, dry_run
 
 from refusion_jax import config as config_lib
 from refusion_jax import serve
 from refusion_jax.serving import metrics
 
-ROOT = pathlib.Path(__file__).parent.parent
-LAUNCH = ROOT / "launch"
 TRAIN = ["--config", "configs/8b.py", "--workdir", "/shared/it's mine/8b", "--config.optimizer.lr=1e-5"]
 GKE = ["--image", "example/refusion", "--claim", "disk"]
 
@@ -52,29 +51,11 @@ GPU = ["gke.sh", "serve", "model", *GKE, "--accelerator", "nvidia-h100-80gb", "-
 TPU = ["gke.sh", "serve", "model", *GKE, "--accelerator", "tpu-v6e-slice", "--topology", "2x2"]
 
 
-def bash(*command, cwd="/", **environ) -> subprocess.CompletedProcess:
-    """Runs a script with an environment that cannot leak this process's own settings of JAX."""
-    return subprocess.run(
-        ["bash", *map(str, command)],
-        cwd=cwd,
-        env={"PATH": os.environ["PATH"], "HOME": os.environ.get("HOME", "/")} | environ,
-        capture_output=True,
-        text=True,
-        timeout=60,
-    )
-
-
 def test_trainer_has_the_flags_that_the_scripts_use():
     done = subprocess.run(
         [sys.executable, "-m", "refusion_jax.train", "--help"], capture_output=True, text=True, check=True
     )
     assert "--config" in done.stdout and "--workdir" in done.stdout
-
-
-def dry_run(arguments: list[str], train: list[str]) -> str:
-    done = bash(LAUNCH / arguments[0], *arguments[1:], "--dry-run", *train)
-    assert done.returncode == 0, done.stderr
-    return done.stdout
 
 
 @pytest.mark.parametrize("script", [*sorted(LAUNCH.glob("*.sh")), ROOT / ".ci/run"], ids=lambda path: path.name)
@@ -118,17 +99,6 @@ def test_dry_run_prints_a_command_that_the_trainer_accepts(case):
     assert config.mesh.data == (2 if "2 slices" in case else 1)
 
 
-def stubs(folder: pathlib.Path, *names: str) -> str:
-    """A PATH in which the named programs only print how they are called, and what they are sent."""
-    folder.mkdir()
-    for name in names:
-        (folder / name).write_text(
-            '#!/usr/bin/env bash\nsource "$LIB"\nquoted "$(basename "$0")" "$@"\n[ -t 0 ] || cat\n'
-        )
-        (folder / name).chmod(0o755)
-    return f"{folder}:{os.environ['PATH']}"
-
-
 @pytest.mark.parametrize(
     "arguments, train",
     [
@@ -138,15 +108,7 @@ def stubs(folder: pathlib.Path, *names: str) -> str:
     ],
 )
 def test_dry_run_prints_what_the_real_run_does(arguments, train, tmp_path):
-    path = stubs(tmp_path / "bin", "gcloud", "git", "sbatch", "scancel", "kubectl", "tail", "mkdir")
-    done = bash(LAUNCH / arguments[0], *arguments[1:], *train, PATH=path, LIB=str(LAUNCH / "lib.sh"))
-    assert done.returncode == 0, done.stderr
-    called = [
-        line
-        for line in done.stdout.splitlines()
-        if line not in ("sbatch", "kubectl apply -f -") and not line.startswith("mkdir ")
-    ]
-    assert called == dry_run(arguments, train).splitlines()
+    assert calls_of(arguments, train, tmp_path) == dry_run(arguments, train).splitlines()
 
 
 def test_gke_manifest_asks_for_the_right_machines():
@@ -217,15 +179,6 @@ def test_slurm_batch_script_is_valid_and_has_the_tasks_asked_for():
         assert subprocess.run(["bash", "-n"], input=script, text=True, check=False).returncode == 0
 
 
-def test_slurm_prepares_data_as_an_array_whose_tasks_share_the_work():
-    words = ["slurm.sh", "prepare", "--workers", "4", "--config", "configs/8b.py", "--out", "gs://bucket/it's"]
-    done = bash(LAUNCH / words[0], words[1], "--dry-run", *words[2:])
-    assert done.returncode == 0, done.stderr
-    assert "#SBATCH --array=0-3\n" in done.stdout and "srun" not in done.stdout
-    last = shlex.split(done.stdout.splitlines()[-1])
-    assert last == ["python", "-m", "refusion_jax.prepare", *words[4:]]
-
-
 @pytest.mark.parametrize(
     "arguments, message",
     [
@@ -242,9 +195,11 @@ def test_slurm_prepares_data_as_an_array_whose_tasks_share_the_work():
         (["tpu.sh", "start", "--zone", "z"], "needs the name of the TPU"),
         (["tpu.sh", "begin", "pod"], "unknown action begin"),
         (["gke.sh", "start", "job", *GKE, "--accelerator", "tpu-v5p-slice", *TRAIN], "--topology is ''"),
-        (["gke.sh", "start", "job", "--accelerator", "tpu-v5p-slice", *TRAIN], "needs --image, --claim"),
+        (["gke.sh", "start", "job", "--accelerator", "tpu-v5p-slice", *TRAIN], "start needs --image"),
+        (["gke.sh", "start", "job", "--image", "i", *TRAIN], "start needs --accelerator"),
+        (["gke.sh", "start", "job", "--image", "i", "--accelerator", "nvidia-h100-80gb", *TRAIN], "needs --claim"),
         (["gke.sh", "start", "job", "--image"], "--image needs a value"),
-        (["gke.sh", "serve", "model", "--accelerator", "tpu-v6e-slice", *SERVE], "serve needs --image, --claim"),
+        (["gke.sh", "serve", "model", "--image", "i", "--accelerator", "tpu-v6e-slice", *SERVE], "serve needs --claim"),
         (GPU, "say what to serve"),
         ([*GPU, "--replicas", "3", "--max-replicas", "2", *SERVE], "--max-replicas '2'"),
         ([*GPU, *SERVE, "--port", "80"], "--port is this script's"),
