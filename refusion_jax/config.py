@@ -238,6 +238,13 @@ class Config:
                 f"config.batch_size = {self.batch_size} is not a multiple of config.accumulation = "
                 f"{self.accumulation}; every microbatch has the same size."
             )
+        last = max((m.step for m in self.data.mixture), default=0)
+        if self.data.mixture and last >= self.steps:
+            raise UserError(
+                f"config.data.mixture changes the shares at step {last}, but config.steps is {self.steps}"
+                f"{'' if self.steps else ', and a mixture knows no epochs'}. Make the run longer than that, or the "
+                "schedule shorter."
+            )
 
     def to_json(self) -> str:
         return json.dumps(dataclasses.asdict(self), sort_keys=True)

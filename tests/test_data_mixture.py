@@ -4,10 +4,11 @@ import dataclasses
 import itertools
 import json
 
+import micro
 import numpy as np
 import pytest
 
-from refusion_jax.config import MixtureConfig, SourceConfig
+from refusion_jax.config import MixtureConfig, SourceConfig, from_config_dict
 from refusion_jax.data.mixture import Epochs, Pattern, Schedule, floor_sum
 from refusion_jax.data.pipeline import load_rows
 from refusion_jax.data.tokenizers import load_tokenizer
@@ -125,3 +126,13 @@ def test_bad_mixtures_are_named(tmp_path):
     for shares in ((), (0.0, 0.0), (1.0, -1.0)):
         with pytest.raises(UserError, match="none may be negative, and not all 0"):
             MixtureConfig(0, shares)
+
+
+@pytest.mark.parametrize("steps", [0, 99, 100])
+def test_a_schedule_that_the_run_does_not_reach_is_named(steps):
+    config = micro.get_config(f"steps={steps}")
+    config.data.mixture = [dict(step=0, shares=(1.0,)), dict(step=100, shares=(1.0,))]
+    with pytest.raises(UserError, match=f"mixture changes the shares at step 100, but config.steps is {steps}"):
+        from_config_dict(config)
+    config.steps = 101
+    assert from_config_dict(config).data.mixture[1].step == 100

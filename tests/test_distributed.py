@@ -3,7 +3,6 @@
 import json
 import pathlib
 import re
-import shutil
 import signal
 
 import micro
@@ -11,7 +10,9 @@ import numpy as np
 import pytest
 from processes import finish, free_port, start, wait_for
 
+from refusion_jax import prepare, storage
 from refusion_jax.checkpoint import orbax
+from refusion_jax.config import from_config_dict
 from refusion_jax.errors import UserError
 from refusion_jax.parallel import distributed
 
@@ -263,13 +264,6 @@ class Job:
     def run(self, name: str, processes: int) -> list[str]:
         return self.finish(name, self.start(name, processes))
 
-    def copy(self, name: str, source: str, step: int) -> None:
-        """Another run that has got as far as `step` of `source`."""
-        shutil.copytree(self.folder / source, self.folder / name)
-        for later in orbax.steps_in(self.folder / name / "run"):
-            if later > step:
-                shutil.rmtree(self.folder / name / "run" / "checkpoints" / str(later))
-
     def history(self, name: str) -> dict[int, dict[str, float]]:
         """What was measured at each step, rates aside; no step may come twice."""
         records = [json.loads(line) for line in (self.folder / name / "run" / "metrics.jsonl").read_text().splitlines()]
@@ -309,13 +303,24 @@ def test_two_processes_train_as_one_does(job):
     assert orbax.steps_in(job.folder / "two" / "run") == orbax.steps_in(job.folder / "one" / "run")
 
 
-@pytest.mark.parametrize("wrote, processes", [("two", 1), ("one", 2)])
-def test_checkpoint_of_another_number_of_processes_goes_on_at_the_same_example(job, wrote, processes):
-    name = f"{wrote} and then {processes}"
-    job.copy(name, wrote, step=4)
-    outputs = job.run(name, processes)
-    assert "resumed from step 4" in outputs[0]
-    assert_close(job, name, wrote)
+def test_one_two_and_one_process_go_on_at_the_same_example_in_a_bucket(job, bucket):
+    """The run's folder and its data are in the bucket; each takes over in the middle of an epoch."""
+    address, name, config = f"{bucket}/changing/run", "changing", f"data={job.folder / 'data.json'}"
+    prepare.prepare(from_config_dict(micro.get_config(config)).data, f"{bucket}/changing/data")
+    overrides = "--workdir", address, f"--config.data.store={bucket}/changing/data", "--config.checkpoint_every_steps=4"
+    for begin, processes in ((0, 1), (4, 2), (8, 1)):
+        for later in orbax.steps_in(address):
+            if later > begin:
+                (storage.as_path(address) / "checkpoints" / str(later)).rmtree()
+        started = job.start(name, processes, ("-m", "refusion_jax.train"), *overrides)
+        output = job.finish(name, started)[0]
+        assert (f"resumed from step {begin}" if begin else "random weights") in output
+        rows = int(re.search(r"average in (\d+) rows", output).group(1))
+        assert begin == 0 or begin * micro.get_config(config).batch_size % rows
+    (job.folder / name / "run").mkdir()
+    metrics = storage.read(storage.as_path(address) / "metrics.jsonl")
+    (job.folder / name / "run" / "metrics.jsonl").write_bytes(metrics)
+    assert_close(job, name, "one")
 
 
 def assert_same(job: Job, name: str, other: str) -> None:
@@ -385,7 +390,9 @@ def leave(code, leave=os._exit):
 os._exit = leave
 
 from refusion_jax import train
+from refusion_jax import prepare, storage
 from refusion_jax.checkpoint import orbax
+from refusion_jax.config import from_config_dict
 from refusion_jax.errors import run_main
 from refusion_jax.parallel import distributed
 distributed.HEARTBEAT_TIMEOUT = 10
