@@ -5,6 +5,7 @@
     python tools/compile_step.py --config configs/8b.py --topology v6e:2x4 --decode --config.mesh.tensor=8
     python tools/compile_step.py --config configs/8b.py --topology h100:2x8 --config.mesh.data=2
     python tools/compile_step.py --config configs/8b.py --topology h100:1 --decode --batch 1
+    python tools/compile_step.py --config configs/8b.py --topology h100:1 --decode --method masked --cache dual
 
 Prints the memory of one device against the chip's, the collectives by kind and mesh axis, what one forward pass (or
 microbatch) launches, moves and copies, the work by formula, and a lower bound of the step's time with what limits it.
@@ -36,6 +37,7 @@ from targets import compile_program, topology_devices
 from refusion_jax import step as steps_lib
 from refusion_jax.config import Config, add_config_arguments, parse_config
 from refusion_jax.data.tokenizers import load_tokenizer
+from refusion_jax.decoder import add_sampler_arguments
 from refusion_jax.errors import UserError, run_main
 from refusion_jax.metrics import flops
 from refusion_jax.model.config import ModelConfig
@@ -320,12 +322,12 @@ def main() -> None:
         action="store_true",
         help="the decoding loop instead of the training step (GSM8K settings); figures are per forward pass",
     )
-    parser.add_argument("--method", default="plan_and_infill", choices=list(METHODS), help="of decoding")
     parser.add_argument("--batch", type=int, default=32, help="rows to decode")
     parser.add_argument("--prompt-length", type=int, default=512, help="longest prompt to decode")
     parser.add_argument("--json", type=pathlib.Path, metavar="FILE", help="write the figures there too")
     parser.add_argument("--hlo", type=pathlib.Path, metavar="FILE", help="write the compiled program's text there")
     parser.add_argument("--shardings", action="store_true", help="only print every parameter's shape and sharding")
+    add_sampler_arguments(parser)
     arguments, config = parse_config(parser)
     if arguments.shardings:
         sys.stdout.write(shardings(config.model))
@@ -338,9 +340,12 @@ def main() -> None:
     mesh = make_mesh(**dataclasses.asdict(config.mesh), devices=devices)
     where = arguments.topology if arguments.slices == 1 else f"{arguments.slices} slices of {arguments.topology}"
     if arguments.decode:
-        sampler = sampler_config(arguments.method)
+        method = arguments.method or "plan_and_infill"
+        names = [field.name for field in dataclasses.fields(METHODS[method])]
+        given = {name: getattr(arguments, name) for name in names if getattr(arguments, name) is not None}
+        sampler = sampler_config(method, **given)
         lowered, work = decode_program(config, mesh, sampler, arguments.batch, arguments.prompt_length)
-        settings = f"{arguments.batch} rows, {arguments.method}"
+        settings = ", ".join([f"{arguments.batch} rows", method, *(f"{name} {given[name]}" for name in given)])
         program = (
             f"decoding with {arguments.config} ({settings}, prompts of {arguments.prompt_length}, answers of "
             f"{sampler.length})"

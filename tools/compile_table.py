@@ -29,23 +29,33 @@ TRAIN = {
     "1p7b-h100-1": "--config configs/1p7b.py --topology h100:1 --config.accumulation=128",
 }
 # Several copies of the weights where there is room for them and for the cache: with fewer shards less is sent.
-DECODE = {
-    f"8b-decode-{chip}-2x4-{batch}": f"--config configs/8b.py --topology {chip}:2x4 --decode --batch {batch} "
-    f"--config.mesh.data={copies} --config.mesh.fsdp=1 --config.mesh.tensor=-1"
-    for chip, batch, copies in (
-        ("v5e", 1, 1),
-        ("v5e", 32, 2),
-        ("v5e", 256, 2),
-        ("v6e", 1, 1),
-        ("v6e", 32, 4),
-        ("v6e", 256, 4),
-    )
-} | {
-    f"8b-{method}-h100-1-{batch}": "--config configs/8b.py --topology h100:1 "
-    f"--decode --batch {batch} --method {method}"
-    for method in ("plan_and_infill", "autoregressive")
-    for batch in (1, 32)
-}
+COPIES = "--config.mesh.data={} --config.mesh.fsdp=1 --config.mesh.tensor=-1"
+PLACES = {"v5e-2x4": f"--topology v5e:2x4 {COPIES.format(2)}", "h100-1": "--topology h100:1"}
+DECODE = (
+    {
+        f"8b-decode-{chip}-2x4-{batch}": f"--config configs/8b.py --topology {chip}:2x4 --decode --batch {batch} "
+        + COPIES.format(copies)
+        for chip, batch, copies in (
+            ("v5e", 1, 1),
+            ("v5e", 32, 2),
+            ("v5e", 256, 2),
+            ("v6e", 1, 1),
+            ("v6e", 32, 4),
+            ("v6e", 256, 4),
+        )
+    }
+    | {
+        f"8b-{method}-h100-1-{batch}": "--config configs/8b.py --topology h100:1 "
+        f"--decode --batch {batch} --method {method}"
+        for method in ("plan_and_infill", "autoregressive")
+        for batch in (1, 32)
+    }
+    | {
+        f"8b-{name}-{place}-32": f"--config configs/8b.py --decode --batch 32 --method {flags} {PLACES[place]}"
+        for place in PLACES
+        for name, flags in (("masked", "masked"), ("masked-dual", "masked --cache dual"), ("block", "block"))
+    }
+)
 
 
 def compiled(name: str, arguments: str, again: bool) -> dict | None:
