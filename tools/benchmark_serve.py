@@ -3,19 +3,21 @@
     python tools/benchmark.py serve --checkpoint runs/quickstart --clients 16 --requests 200 --gen-length 32
     python tools/benchmark.py serve --checkpoint runs/8b --mesh 1,1,4 --rate 20 --answer-lengths 64,256
 
-The server runs in this process, on loopback, with the flags of `python -m refusion_jax.serve`. Requests are streamed.
+The server runs in this process, on loopback, with the flags of `python -m refusion_jax.serve`; the clients run in
+another.
 `generate` answers the same prompts with as many rows and all of them at hand: what a server can reach at best.
 One at a time: a client that waits for each answer before it asks again.
 """
 
 import argparse
-import concurrent.futures
 import dataclasses
-import http.client
 import itertools
 import json
 import pathlib
+import random
 import statistics
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Sequence
@@ -33,11 +35,17 @@ from refusion_jax.serving.device import BROKEN, READY
 
 @dataclasses.dataclass(frozen=True)
 class Question:
-    """A request: ids of a prompt, most tokens of its answer, and the sampler's method."""
+    """A request: ids of a prompt, most tokens of its answer, the sampler's method, whether the answer is streamed."""
 
     prompt: list[int]
     limit: int
     method: str
+    stream: bool = True
+
+    def body(self) -> dict[str, Any]:
+        """Of /v1/completions."""
+        streamed = {"stream": True, "stream_options": {"include_usage": True}} if self.stream else {}
+        return {"prompt": self.prompt, "max_tokens": self.limit, "method": self.method, **streamed}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,56 +59,30 @@ class Timing:
     text: str
 
 
-def ask(port: int, question: Question, key: str = "") -> Timing:
-    """Sends a request and reads its stream to the end.
+def ask_all(port: int, questions: Sequence[Question], clients: int, rate: float = 0.0) -> tuple[list[Timing], float]:
+    """Timings in the order of the questions, and the seconds that all took; `rate`: requests per second that are sent,
+    if enough clients are free; 0: as soon as one is.
 
     Raises:
-      UserError: the server refused it.
+      UserError: the server refused a request.
     """
-    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=600)
-    body = {
-        "prompt": question.prompt,
-        "max_tokens": question.limit,
-        "method": question.method,
-        "stream": True,
-        "stream_options": {"include_usage": True},
-    }
-    headers = {"Content-Type": "application/json", "Authorization": f"Bearer {key}"}
-    start, first, text, usage = time.perf_counter(), 0.0, [], {}
-    connection.request("POST", "/v1/completions", json.dumps(body), headers)
-    response = connection.getresponse()
-    if response.status != 200:
-        raise UserError(f"The server answered {response.status}: {response.read().decode()}")
-    for line in response:
-        if not line.startswith(b"data: {"):
-            continue
-        chunk = json.loads(line[6:])
-        if "error" in chunk:
-            raise UserError(f"The server failed: {chunk['error']['message']}")
-        first = first or time.perf_counter() - start
-        text.extend(choice["text"] for choice in chunk["choices"])
-        usage = chunk.get("usage") or usage
-    connection.close()
-    whole = time.perf_counter() - start
-    return Timing(first, whole, usage["completion_tokens"], usage["refusion"]["forwards"], "".join(text))
-
-
-def ask_all(port: int, questions: Sequence[Question], clients: int, rate: float) -> tuple[list[Timing], float]:
-    """Timings in the order of the questions, and the seconds that all took.
-
-    Args:
-      rate: requests per second that are sent, if enough clients are free; 0: as soon as one is.
-    """
-    start = time.perf_counter()
-
-    def when_due(item: tuple[int, Question]) -> Timing:
-        number, question = item
-        time.sleep(max(0.0, start + number / rate - time.perf_counter()) if rate else 0.0)
-        return ask(port, question)
-
-    with concurrent.futures.ThreadPoolExecutor(clients) as pool:
-        timings = list(pool.map(when_due, enumerate(questions)))
-    return timings, time.perf_counter() - start
+    given = {"port": port, "clients": clients, "rate": rate, "questions": [question.body() for question in questions]}
+    command = [sys.executable, str(pathlib.Path(__file__).parent / "serve_clients.py")]
+    found = subprocess.run(command, input=json.dumps(given), capture_output=True, text=True)
+    if found.returncode:
+        raise UserError(f"The clients failed: {found.stderr.strip().splitlines()[-1]}")
+    result = json.loads(found.stdout)
+    timings = [
+        Timing(
+            seen["first"],
+            seen["whole"],
+            seen["usage"]["completion_tokens"],
+            seen["usage"]["refusion"]["forwards"],
+            seen["text"],
+        )
+        for seen in result["seen"]
+    ]
+    return timings, result["seconds"]
 
 
 def generate(service: Service, questions: Sequence[Question]) -> tuple[int, float]:
@@ -141,7 +123,8 @@ def run(service: Service, questions: Sequence[Question], clients: int, rate: flo
     tokens, bound_seconds = generate(service, questions)
     forwards = sum(timing.forwards for timing in timings)
     of = lambda values: (statistics.median(values), sorted(values)[min(len(values) - 1, len(values) * 99 // 100)])
-    first, whole = of([timing.first for timing in timings]), of([timing.whole for timing in timings])
+    streamed = [timing.first for timing, question in zip(timings, questions) if question.stream]
+    first, whole = of(streamed or [float("nan")]), of([timing.whole for timing in timings])
     served = sum(timing.tokens for timing in timings) / seconds
     return {
         "requests": len(timings),
@@ -170,8 +153,9 @@ def questions_of(arguments: argparse.Namespace, service: Service, checkpoint: st
         queries = [source[i][0] for i in itertools.islice(source.part(), arguments.requests)]
         prompts = [list(map(int, ids)) for ids in service.offer.tokenizer.encode_prompts(queries)]
     limits = numbers(arguments.answer_lengths, "--answer-lengths") or [service.offer.methods[methods[0]].length]
-    turns = zip(itertools.cycle(prompts), itertools.cycle(limits), itertools.cycle(methods))
-    return [Question(*turn) for turn in itertools.islice(turns, arguments.requests)]
+    rng, cycle = random.Random(0), itertools.cycle
+    turns = itertools.islice(zip(cycle(prompts), cycle(limits), cycle(methods)), arguments.requests)
+    return [Question(*turn, stream=rng.random() < arguments.streamed) for turn in turns]
 
 
 def numbers(text: str, flag: str) -> list[int]:
@@ -197,11 +181,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument(
         "--answer-lengths", default="", metavar="N,..", help="max_tokens in turn; default: --gen-length"
     )
+    parser.add_argument("--streamed", type=float, default=1.0, metavar="SHARE", help="of the requests; default: all")
     parser.add_argument("--alone", type=int, default=16, metavar="N", help="requests one at a time; default 16")
     parser.add_argument("--json", type=pathlib.Path, metavar="FILE", help="write the figures there too")
     arguments, rest = parser.parse_known_args(argv)
     if min(arguments.clients, arguments.requests, arguments.alone) < 1 or not arguments.rate >= 0:
         raise UserError("--clients, --requests and --alone must be at least 1, --rate 0 (no limit) or above.")
+    if not 0 <= arguments.streamed <= 1:
+        raise UserError(f"--streamed is {arguments.streamed}; give a share from 0 (none) to 1 (all requests).")
     compilation.keep_programs()
     flags = serve.arguments_of(rest)
     service = serve.service_of(decoder_of(flags), flags)

@@ -199,7 +199,7 @@ class DecoderLM(LM):
                 if row is None:
                     break
                 asked[request.index] = row, waiting.pop()
-            stops = any(request.until for _, request in asked.values())
+            stops = [row for row, request in asked.values() if request.until]
             for generation in engine.step(EVERY if stops else UNLIMITED, unfinished=stops):
                 row, request = asked[generation.index]
                 record = self._record(request, generation)

@@ -88,7 +88,7 @@ def serve(engine: Engine, requests: Iterable[Prompt], every: int = 0) -> Iterato
     while request is not None or engine.busy:
         while request is not None and engine.add(request) is not None:
             request = next(waiting, None)
-        yield from engine.step(every or UNLIMITED, unfinished=bool(every))
+        yield from engine.step(every or UNLIMITED, unfinished=range(engine.batch) if every else ())
 
 
 def generate(

@@ -9,7 +9,7 @@ What it runs is compiled in programs.py.
 """
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 import chex
 import jax
@@ -108,6 +108,7 @@ class Engine:
         # Where a token sees those behind it too, what it leaves in the cache depends on them.
         causal = not self.sampler.in_place and config.prompt_block(1)[0] == 1
         self.prefixes = Prefixes(prefix_blocks if causal else 0)
+        self.committed = np.zeros(self.batch, np.int32)  # tokens of every row's answer, after the last `step`
         self.steps = 0  # passes of the whole batch
         self.prefills = 0  # passes over prompts
 
@@ -141,26 +142,28 @@ class Engine:
                 if row not in self._left:
                     self._remember(row)
 
-    def step(self, forwards: int = 1, unfinished: bool = False) -> list[Generation]:
+    def step(self, forwards: int = 1, unfinished: Collection[int] = ()) -> list[Generation]:
         """At most so many passes over waiting prompts, then over all rows, these until a row is done.
 
         Args:
-          unfinished: also return what there is of the answers that are not finished.
+          unfinished: rows whose answers are also returned, as far as they are written, when they are not finished.
 
         Returns:
           The finished answers, whose rows are free again.
         """
         self.prefill(forwards)
         decoding = [row for row, owner in enumerate(self._owner) if owner is not None and row not in self._left]
+        self.committed[:] = 0
         if not decoding:
             return []
         self._state, steps = self._programs.run(self._params, self._state, np.int32(forwards), np.int32(len(decoding)))
         rows = self._state.rows
         steps, done, canvas = jax.device_get((steps, rows.done, vars(rows.canvas)))
         self.steps += int(steps)
+        self.committed[decoding] = canvas["count"][decoding]
         answers = []
         for row in decoding:
-            if not (done[row] or unfinished):
+            if not (done[row] or row in unfinished):
                 continue
             prompt = self._owner[row]
             of_row = {name: values[row] for name, values in canvas.items()}

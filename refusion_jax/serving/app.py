@@ -21,6 +21,7 @@ from refusion_jax.serving.device import READY, Device
 from refusion_jax.serving.exchange import Exchange
 from refusion_jax.serving.protocol import BadRequest, Offer, Request
 
+LONG = 4096  # bytes of a body that a tokenizer may take so long over that others should not wait for it
 PAGE = pathlib.Path(__file__).parent / "page"
 
 
@@ -54,9 +55,10 @@ class Service:
         return await self._answer(http, protocol.chat, chat=True)
 
     async def _answer(self, http: HttpRequest, parse: Callable[[dict, Offer], Request], chat: bool) -> Response:
-        body = protocol.parse_json(await read_body(http))
-        # A tokenizer may take long over a long text.
-        request = await asyncio.to_thread(parse, body, self.offer)
+        content = await read_body(http)
+        body = protocol.parse_json(content)
+        short = len(content) < LONG
+        request = parse(body, self.offer) if short else await asyncio.to_thread(parse, body, self.offer)
         if self.device.state != READY:
             raise HTTPException(503, f"The server is {self.device.state}.", RETRY_AFTER)
         exchange = Exchange(request, self.offer, self.device, self.timeout)

@@ -6,8 +6,9 @@ answer.
     device.submit([job])        # from any thread; the job's `notify` is called, in this thread, when something changes
     job.cancelled = "abort"     # its row is free after the current turn
 
-A turn is a few forwards of every engine with something to do, so that requests join and leave between turns and prompts
-are prefilled chunk by chunk beside rows that go on.
+A turn is a few forwards of one engine: requests join and leave between turns, and prompts are prefilled chunk by chunk
+beside rows that go on. A forward takes as long for one row as for a full batch, so of several engines one with few rows
+waits until it has more, though not for long.
 """
 
 import collections
@@ -26,8 +27,9 @@ from refusion_jax.sampling import Engine, Generation, Prompt
 from refusion_jax.sampling.engine import PREFILL_WIDTHS
 from refusion_jax.serving.scoring import Score, Scorer
 
-WATCHED_FORWARDS = 4  # of a turn while somebody waits for a row or watches one
+WATCHED_FORWARDS = 4  # of a turn while somebody watches an answer
 ALONE_FORWARDS = 16  # of a turn otherwise
+LONGEST_WAIT = 8  # a row alone waits about so many times as long as its turn takes while another engine is full
 WARMING, READY, BROKEN = "warming up", "ready", "broken"
 
 
@@ -54,7 +56,8 @@ class Job:
       watched: `latest` is kept up to date while the answer is written.
       deadline: of time.monotonic().
       cancelled: set by whoever wants no more of the answer, to "stop" (a stop string) or "abort" (gone).
-      latest: what there is of the answer.
+      latest: what there is of the answer; of one that is not watched, all at once.
+      committed: tokens of it.
       score: of `prompt.tokens`.
       error: why there is no answer.
       reason: why it ended: stop, length or abort.
@@ -70,6 +73,7 @@ class Job:
     cancelled: str = ""
 
     latest: Generation | None = None
+    committed: int = 0
     score: Score | None = None
     error: Exception | None = None
     reason: str = ""
@@ -87,6 +91,8 @@ class Lane:
         self.engine = make()
         self.waiting: collections.deque[Job] = collections.deque()
         self.rows: dict[int, Job] = {}
+        self.waited = 0.0  # see Device._next
+        self.seconds = 1e-6  # that its last turn took; at first the least, so that it soon has one
 
     def restart(self) -> None:
         """An empty engine in place of one that failed; its programs are compiled already."""
@@ -103,7 +109,7 @@ class Lane:
         for width in PREFILL_WIDTHS:
             prompt = [ordinary] * min(width, longest)
             row = self.engine.add(Prompt(prompt, self.engine.config))
-            self.engine.step(1, unfinished=True)
+            self.engine.step(1)
             self.engine.cancel(row)
         for _ in range(2):  # a prefix is kept, and then found
             row = self.engine.add(Prompt([ordinary] * longest, self.engine.config))
@@ -137,6 +143,7 @@ class Device(threading.Thread):
         self._count = itertools.count()  # index of every prompt: updates are told apart by it
         self.max_waiting, self.waiting, self.open = max_waiting, 0, 0
         self.lanes: dict[str, Lane] = {}
+        self._last = 0.0  # when a lane was last chosen
         self.state, self.failure = WARMING, None
 
     # ------------------------------------------------------------------ from other threads
@@ -173,13 +180,8 @@ class Device(threading.Thread):
         while True:
             self._receive()
             for lane in self.lanes.values():
-                try:
-                    self._turn(lane)
-                except Exception as error:  # of XLA: the other engines and the requests to come are not concerned
-                    logging.exception("an engine failed and is made anew")
-                    for job in lane.rows.values():
-                        self._end(job, Failed(str(error)))
-                    lane.restart()
+                self._guarded(lane, self._refill)
+            self._guarded(self._next(), self._turn)
             self._observer.turn(self)
 
     def _warm_up(self) -> None:
@@ -220,14 +222,48 @@ class Device(threading.Thread):
         except Exception as error:
             self._end(job, Failed(str(error)))
 
-    def _turn(self, lane: Lane) -> None:
+    def _guarded(self, lane: Lane, act: Callable[[Lane], None]) -> None:
+        """What XLA raises costs this engine's answers; the others and the requests to come are not concerned."""
+        try:
+            act(lane)
+        except Exception as error:
+            logging.exception("an engine failed and is made anew")
+            for job in lane.rows.values():
+                self._end(job, Failed(str(error)))
+            lane.restart()
+
+    def _refill(self, lane: Lane) -> None:
+        """Rows that are not wanted any more are freed, free ones given away."""
         self._drop(lane)
         self._admit(lane)
+
+    def _next(self) -> Lane:
+        """The lane whose rows have, all together, waited longest for its turn, in units of what that takes."""
+        now = time.monotonic()
+        for lane in self.lanes.values():
+            if lane.rows:
+                lane.waited += (
+                    (now - self._last) / lane.seconds * max(len(lane.rows), lane.engine.batch // LONGEST_WAIT)
+                )
+        self._last = now
+        lane = max(self.lanes.values(), key=lambda lane: lane.waited)
+        lane.waited = 0.0
+        return lane
+
+    def _turn(self, lane: Lane) -> None:
         if not lane.rows:
             return
-        eager = lane.waiting or any(job.watched for job in lane.rows.values())
-        updates = lane.engine.step(WATCHED_FORWARDS if eager else ALONE_FORWARDS, unfinished=True)
-        by_index = {job.prompt.index: (row, job) for row, job in lane.rows.items()}
+        start = time.monotonic()
+        eager = any(job.watched for lane in self.lanes.values() for job in lane.rows.values())
+        watched = [row for row, job in lane.rows.items() if job.watched]
+        updates = lane.engine.step(WATCHED_FORWARDS if eager else ALONE_FORWARDS, watched)
+        now, by_index = time.monotonic(), {}
+        lane.seconds = now - start
+        for row, job in lane.rows.items():
+            by_index[job.prompt.index] = row, job
+            job.committed = int(lane.engine.committed[row])
+            if job.committed and not job.first:
+                job.first = now
         for generation in updates:
             self._update(lane, *by_index[generation.index], generation)
 
@@ -265,8 +301,6 @@ class Device(threading.Thread):
                 self._end(job, refusal)
 
     def _update(self, lane: Lane, row: int, job: Job, generation: Generation) -> None:
-        if generation.order and not job.first:
-            job.first = time.monotonic()
         if generation.finished:
             del lane.rows[row]
             job.latest = generation
@@ -275,8 +309,7 @@ class Device(threading.Thread):
             self._end(job)
         elif job.latest is None or len(generation.order) > len(job.latest.order):
             job.latest = generation
-            if job.watched:
-                job.notify()
+            job.notify()
 
     def _start(self, job: Job) -> None:
         job.started = time.monotonic()
@@ -305,5 +338,5 @@ class Device(threading.Thread):
     def cache_used(self) -> float:
         """Part of the caches' entries that hold a token."""
         jobs = [job for lane in self.lanes.values() for job in lane.rows.values()]
-        used = sum(len(job.prompt.tokens) + (len(job.latest.order) if job.latest else 0) for job in jobs)
+        used = sum(len(job.prompt.tokens) + job.committed for job in jobs)
         return used / sum(lane.engine.batch * lane.engine.cache_length for lane in self.lanes.values())
