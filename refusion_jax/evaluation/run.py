@@ -73,18 +73,26 @@ class Result:
 def config_of(benchmark: Benchmark, documents: Sequence[Document]) -> dict[str, Any]:
     """The benchmark as lm-evaluation-harness's config of a task, whose documents are the numbers of ours."""
 
-    def judge(document: dict[str, int], results: list[str]) -> dict[str, float]:
-        return {"exact_match": verdicts(benchmark, [documents[document["number"]]], results)[0][1]}
+    def judge(document: dict[str, int], results: list[Any]) -> dict[str, float]:
+        of = documents[document["number"]]
+        return {"exact_match": verdicts(benchmark, [of], [text_of(benchmark, of, results)])[0][1]}
 
     numbers = datasets.Dataset.from_dict({"number": list(range(len(documents)))})
-    return {
+    options = benchmark.options
+    asked = {"output_type": "generate_until"}
+    if options:
+        asked = {
+            "output_type": "multiple_choice",
+            "doc_to_choice": lambda document: options(documents[document["number"]]),
+            "target_delimiter": "",
+        }
+    return asked | {
         "task": benchmark.name,
         "custom_dataset": lambda **_: {"test": numbers},
         "test_split": "test",
-        "output_type": "generate_until",
         "description": benchmark.description,
         "doc_to_text": lambda document: benchmark.text(documents[document["number"]]),
-        "doc_to_target": lambda document: "",
+        "doc_to_target": lambda document: 0 if options else "",
         "gen_prefix": benchmark.prefix or None,
         "process_results": judge,
         "generation_kwargs": {"until": list(benchmark.until), "do_sample": False},
@@ -92,6 +100,14 @@ def config_of(benchmark: Benchmark, documents: Sequence[Document]) -> dict[str, 
         "unsafe_code": benchmark.program is not None,
         "num_fewshot": 0,
     }
+
+
+def text_of(benchmark: Benchmark, document: Document, responses: Sequence[Any]) -> str:
+    """The answer: what was generated, or of the options the one with the highest log probability per character."""
+    if not benchmark.options:
+        return responses[0]
+    pairs = zip(benchmark.options(document), responses, strict=True)
+    return max(((value / max(len(option), 1), option) for option, (value, _) in pairs), key=lambda pair: pair[0])[1]
 
 
 def verdicts(benchmark: Benchmark, documents: Sequence[Document], texts: Sequence[str]) -> list[scoring.Verdict]:
@@ -113,7 +129,8 @@ def texts_of(lm: LM, benchmark: Benchmark, documents: Sequence[Document]) -> lis
         confirm_run_unsafe_code=True,
     )
     samples = sorted(found["samples"][benchmark.name], key=lambda sample: sample["doc_id"])
-    return [sample["resps"][0][0] for sample in samples]
+    answers = [[response[0] for response in sample["resps"]] for sample in samples]
+    return [text_of(benchmark, document, found) for document, found in zip(documents, answers, strict=True)]
 
 
 def samples_of(benchmark: Benchmark, documents: Sequence[Document], texts: Sequence[str]) -> list[Sample]:

@@ -48,6 +48,11 @@ def letter_in_parentheses(document: dict[str, Any], text: str) -> Verdict:
     return found, float(found == document["answer"])
 
 
+def ending(document: dict[str, Any], text: str) -> Verdict:
+    """The text is the right one of the endings."""
+    return text, float(text == document["endings"][int(document["label"])])
+
+
 def final_answer(document: dict[str, Any], text: str) -> Verdict:
     """The source's own score of the whole text (`data.examples.Source.score`)."""
     return text, float(document["source"].score(document["index"], text) == 1.0)

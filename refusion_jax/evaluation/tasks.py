@@ -1,8 +1,9 @@
 """The benchmarks: what is asked and how, what ends an answer, what makes it right, and what the authors used and got.
 
 Prompts, prefixes and stops are those of the authors' evaluation (method section 4 has the samplers' settings); the
-description of gpqa is our own. Each is a task of lm-evaluation-harness, made as a dict when it is run. Documents have
-the fields of the data set on the hub, wherever they come from.
+description of gpqa is our own, and hellaswag, whose answers are chosen by likelihood, is not among theirs. Each is a
+task of lm-evaluation-harness, made as a dict when it is run. Documents have the fields of the data set on the hub,
+wherever they come from.
 """
 
 import dataclasses
@@ -23,6 +24,7 @@ class Benchmark:
       text: of the user's turn, from a document.
       fields: that a document must have.
       verdict: what was understood and the score, from a document and an answer's text; of code a `program` instead.
+      options: of a likelihood task: the answers, of which the most probable one is the model's; nothing is generated.
       prepared: a document as `text` and `verdict` take it, from one of the hub's and its number.
       hub: (data set, configuration, split).
       settings: of plan-and-infill, as the authors had them.
@@ -34,6 +36,7 @@ class Benchmark:
     fields: tuple[str, ...]
     verdict: Callable[[Document, str], scoring.Verdict] | None = None
     program: Callable[[Document, str], str] | None = None
+    options: Callable[[Document], list[str]] | None = None
     prepared: Callable[[Document, int], Document] = lambda document, index: document
     description: str = ""
     prefix: str = ""
@@ -203,8 +206,17 @@ BENCHMARKS = {
             settings=authors(0.9, 0.3, 32, 128),
             published=published((68.20, 92), (63.80, 30)),
         ),
+        Benchmark(
+            "hellaswag",
+            lambda document: document["ctx"].strip(),
+            ("ctx", "endings", "label"),
+            scoring.ending,
+            options=lambda document: document["endings"],
+            hub=("Rowan/hellaswag", "", "validation"),
+        ),
     )
 }
+PAPER = tuple(name for name, benchmark in BENCHMARKS.items() if benchmark.published)
 
 
 def procedural(name: str) -> Benchmark:
