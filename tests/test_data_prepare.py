@@ -5,6 +5,7 @@ import json
 import os
 import pathlib
 import random
+import resource
 import subprocess
 import sys
 import time
@@ -14,8 +15,9 @@ import pytest
 import stores
 
 from refusion_jax import prepare as prepare_lib
+from refusion_jax import storage
 from refusion_jax.config import DataConfig, SourceConfig
-from refusion_jax.data import preparation
+from refusion_jax.data import preparation, shards
 from refusion_jax.data.pipeline import load_rows
 from refusion_jax.data.preparation import prepared
 from refusion_jax.data.sources import open_source
@@ -193,6 +195,10 @@ def test_what_is_wrong_with_a_store_is_named(data, tmp_path):
         path.write_bytes(content)
     with pytest.raises(UserError, match="is damaged, or was changed after its index was written"):
         rows[0]
+    for path in tmp_path.glob("*/shard-*.json"):  # a sound shard, but another one
+        shards.write_checked(storage.as_path(path), shards.read_checked(storage.as_path(path))[0] | {"by": "others"})
+    with pytest.raises(UserError, match="is missing, damaged, or was changed after its index was written"):
+        load()[0]
 
 
 def test_a_store_begun_with_other_shards_is_left_alone(data, tmp_path):
@@ -217,17 +223,25 @@ def test_changed_data_are_another_store(data, tmp_path):
             use()
 
 
-def test_unwritable_and_full(data, tmp_path, monkeypatch):
+def test_unwritable(data, tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="Cannot write to .*file/store.* Choose a --out"):
         prepare_lib.prepare(data, tmp_path / "file" / "store")
 
-    def full(*_):
-        raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(preparation, "make_shard", full)
-    with pytest.raises(UserError, match="cannot be written: No space left on device. What is finished is kept"):
-        prepare_lib.prepare(data, tmp_path / "store")
+def test_a_full_disk_is_named_and_what_was_finished_is_kept(data, whole, tmp_path):
+    """A limit on the size of files makes the kernel refuse a write, as a full disk does."""
+    sizes = sorted(len(content) for name, content in whole.items() if name.endswith(".bin"))
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (sizes[-1] - 1, hard))
+    try:
+        with pytest.raises(UserError, match="cannot be written: File too large. What is finished is kept: make room"):
+            prepare_lib.prepare(data, tmp_path, shard_bytes=SHARD)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    kept = stores.contents(tmp_path)
+    assert any(name.endswith(".bin") for name in kept) and all(whole[name] == kept[name] for name in kept)
+    assert prepare_lib.prepare(data, tmp_path, shard_bytes=SHARD) and stores.contents(tmp_path) == whole
 
 
 @pytest.mark.parametrize(
