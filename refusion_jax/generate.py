@@ -57,6 +57,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         raise UserError(
             "--prompts and --out go together: a file of prompts and the file that its answers are written to."
         )
+    for name in ("resume", "skip_bad"):
+        if getattr(arguments, name) and not arguments.prompts:
+            raise UserError(f"--{name.replace('_', '-')} is about a file of --prompts; leave it out, or give one.")
     compilation.keep_programs()
     logging.set_verbosity(logging.ERROR)  # Orbax warns that `params` alone is no whole checkpoint
 
@@ -95,8 +98,8 @@ def arguments_of(argv: Sequence[str] | None) -> argparse.Namespace:
         "--infill",
         type=pathlib.Path,
         metavar="FILE.jsonl",
-        help='texts with holes, one {"template": ["text", 16, "text"]} per line, numbers being tokens of a hole (whole '
-        'slots); with "prompt": what the text answers. Printed, or written to --out',
+        help='texts with holes, one {"template": ["text", 16, "text"]} per line, numbers being tokens of a hole (of '
+        'plan-and-infill: whole slots); with "prompt": what the text answers. Printed, or written to --out',
     )
     what.add_argument(
         "--interactive", action="store_true", help="ask for prompts; answers appear while they are decoded"

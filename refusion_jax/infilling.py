@@ -1,11 +1,12 @@
 """Texts with holes: what is given stays as it is, before and behind a hole, and the holes are filled.
 
-A hole has room for so many tokens, whole slots, and what is behind it stands so far behind. A filling may be shorter:
-the end-of-sequence or pad token inside a hole closes it. A text whose last part is given ends there, with the
-end-of-sequence token.
+A hole has room for so many tokens (of plan-and-infill: whole slots), and what is behind it stands so far behind. A
+filling may be shorter: the end-of-sequence or pad token inside a hole closes it. A text whose last part is given ends
+there, with the end-of-sequence token.
 """
 
 import dataclasses
+import itertools
 from collections.abc import Sequence
 from typing import Any
 
@@ -105,15 +106,11 @@ def request(
 
 def filled(template: Template, tokenizer: Tokenizer, generation: Generation) -> Filled:
     """The template with what was decoded for it."""
-    texts, holes, at = [], [], 0
-    sizes = iter(generation.parts)
-    for part in template.parts:
-        if isinstance(part, Hole):
-            size = next(sizes)
-            holes.append(tokenizer.decode(generation.tokens[at : at + size]))
-            at += size
-        texts.append(holes[-1] if isinstance(part, Hole) else part)
-    return Filled("".join(texts), holes, generation)
+    ends = list(itertools.accumulate(generation.parts, initial=0))
+    holes = [tokenizer.decode(generation.tokens[start:end]) for start, end in itertools.pairwise(ends)]
+    left = iter(holes)
+    text = "".join(next(left) if isinstance(part, Hole) else part for part in template.parts)
+    return Filled(text, holes, generation)
 
 
 def from_record(record: Any) -> Template:
@@ -123,8 +120,7 @@ def from_record(record: Any) -> Template:
       UserError: the record is another, or its template cannot be filled.
     """
     parts = record.get("template") if isinstance(record, dict) else None
-    is_part = lambda part: isinstance(part, (str, int)) and not isinstance(part, bool)
-    if not isinstance(parts, list) or not all(map(is_part, parts)):
+    if not isinstance(parts, list) or not all(isinstance(p, (str, int)) and not isinstance(p, bool) for p in parts):
         raise UserError(
             f'{str(record)[:60]!r} has no template. Write {{"template": ["text", 16, "text"]}}: texts, and the sizes '
             "of the holes between them in tokens."

@@ -203,6 +203,8 @@ def test_bad_lines_are_named_and_can_be_skipped(loaded, checkpoint, answers, tmp
         (["--prompt", "x", "--gen-length", "128"], "more than the model's 128"),
         (["--prompts", "absent.jsonl", "--out", "out.jsonl"], "Cannot read absent.jsonl"),
         (["--prompts", "absent.jsonl"], "--out go together"),
+        (["--infill", "absent.jsonl", "--resume"], "--resume is about a file of --prompts"),
+        (["--prompt", "x", "--skip-bad"], "--skip-bad is about a file of --prompts"),
     ],
 )
 def test_bad_arguments_are_named(checkpoint, arguments, message):

@@ -2,9 +2,8 @@
 
     plan       the next plan, right if every main token up to the first stop id is committed; sees those tokens
     guess      a chosen slot cut where its draft may be rejected: the predict forward that would follow. When it
-      predicts what
-               was verified already, that verify is known too, and completion goes on to the next rejected token at
-               once.
+               predicts what was verified already, that verify is known too, and completion goes on to the next
+               rejected token at once
 
 Letters as in plan_and_infill.py, whose functions call these.
 """
