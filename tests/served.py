@@ -8,7 +8,7 @@ import dataclasses
 import json
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import httpx2 as httpx
 import jax
@@ -47,9 +47,9 @@ def write_checkpoint(folder, repository) -> None:
     checkpoints.close()
 
 
-def ready(decoder: Decoder, *flags: str) -> Service:
+def ready(decoder: Decoder, flags: Sequence[str] = FLAGS) -> Service:
     """A service whose device thread is ready."""
-    found = serve.service_of(decoder, serve.arguments_of(["--checkpoint", "tiny", *FLAGS, *flags]))
+    found = serve.service_of(decoder, serve.arguments_of(["--checkpoint", "tiny", *flags]))
     found.device.start()
     end = time.monotonic() + 600
     while found.device.state != READY:

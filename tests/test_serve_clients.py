@@ -142,6 +142,27 @@ def test_logprobs_of_an_answer(client, decoder, answers):
     assert all(entry.top_logprobs[0].logprob == entry.logprob for entry in content)
 
 
+def test_logprobs_of_a_stream_come_with_its_end(client):
+    asked = dict(logprobs=True, top_logprobs=1)
+    whole = ask(client, "sun", **asked).choices[0]
+    chunks = [chunk.choices[0] for chunk in ask(client, "sun", stream=True, **asked)]
+    assert "".join(choice.delta.content or "" for choice in chunks) == whole.message.content
+    assert [
+        entry for choice in chunks if choice.logprobs for entry in choice.logprobs.content
+    ] == whole.logprobs.content
+    assert [choice.finish_reason for choice in chunks] == [None] * (len(chunks) - 1) + [whole.finish_reason]
+    for limit in (0, 4):
+        body = dict(model="tiny", prompt=["some context", "où"], max_tokens=limit, echo=True, logprobs=1)
+        expected, found = client.completions.create(**body).choices, ["", ""]
+        for chunk in client.completions.create(stream=True, **body):
+            (choice,) = chunk.choices
+            found[choice.index] += choice.text
+            if choice.finish_reason:
+                same = expected[choice.index]
+                assert (choice.finish_reason, choice.logprobs) == (same.finish_reason, same.logprobs)
+        assert found == [choice.text for choice in expected]
+
+
 def test_tokens_there_and_back(http_client, decoder):
     """Names of special tokens are meant, as in what a client has rendered."""
     text = "<|user|>où<|assistant|>"

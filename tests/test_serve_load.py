@@ -12,7 +12,7 @@ import threading
 import urllib.parse
 
 import jax
-from served import wait_until_idle
+from served import sample_values, wait_until_idle
 
 from refusion_jax.serving import metrics
 
@@ -58,6 +58,14 @@ def streamed(response) -> str:
     return "".join(json.loads(line)["choices"][0]["text"] for line in lines)
 
 
+def forwards(service) -> tuple[int, float]:
+    """Passes of all engines, and how many rows took part in them, all together."""
+    counted = sample_values(service.metrics.text().decode())[
+        'vllm:diffusion_num_denoising_steps_total{model_name="tiny"}'
+    ]
+    return sum(lane.engine.steps for lane in service.device.lanes.values()), counted
+
+
 def test_two_thousand_requests_of_64_clients(address, service):
     rng, client = random.Random(5), Client()
     wanted = [
@@ -67,7 +75,7 @@ def test_two_thousand_requests_of_64_clients(address, service):
     ]
     alone = {one: whole(client.send(address, json.dumps(one.body()).encode())) for one in wanted}
     wait_until_idle(service)
-    compiled, arrays = metrics.compilations(), len(jax.live_arrays())
+    compiled, arrays, before = metrics.compilations(), len(jax.live_arrays()), forwards(service)
     kinds = ["whole"] * 55 + ["stream"] * 25 + ["hang up"] * 10 + ["nonsense"] * 10
     tasks = [(rng.choice(kinds), rng.choice(wanted)) for _ in range(REQUESTS)]
     nonsense = (b"{", b'{"prompt": 3}', b'{"prompt": "x", "n": -1}', b"\xff", b'{"prompt": "' + b"x" * 300 + b'"}')
@@ -98,3 +106,6 @@ def test_two_thousand_requests_of_64_clients(address, service):
     assert metrics.compilations() == compiled
     assert len(jax.live_arrays()) == arrays
     assert memory[-1] - memory[0] < 64 << 10  # KiB
+    # While so many wait, no row is idle for long: hardly more passes of a batch than full ones would be.
+    passes, of_rows = (now - then for now, then in zip(forwards(service), before))
+    assert of_rows > 0.6 * passes * 4, (passes, of_rows)

@@ -79,34 +79,51 @@ class Service:
             return JSONResponse(found)
 
     async def _whole(self, exchange: Exchange, identity: str, chat: bool) -> dict[str, Any]:
-        request, tokenizer = exchange.request, self.offer.tokenizer
-        logprobs: list[dict | None] = [None] * len(exchange.writings)
-        usage = responses.usage(request, exchange.jobs)
-        if request.logprobs is not None:
-            form = responses.chat_logprobs if chat else responses.completion_logprobs
-            logprobs = [form(tokenizer, entries, request.logprobs) for entries in await exchange.scores()]
-        echoes = [
-            tokenizer.decode(prompt) if request.echo else "" for prompt in request.prompts for _ in range(request.n)
-        ]
+        usage = responses.usage(exchange.request, exchange.jobs)
+        logprobs = await self._logprobs(exchange, chat)
         if chat:
             choices = [responses.message(*pair) for pair in zip(exchange.writings, logprobs)]
         else:
+            echoes = self._echoes(exchange.request)
             choices = [responses.completion(*triple) for triple in zip(exchange.writings, echoes, logprobs)]
         kind = "chat.completion" if chat else "text_completion"
         return responses.body(kind, identity, self.offer.name, choices, usage)
+
+    def _echoes(self, request: Request) -> list[str]:
+        """What stands before each answer."""
+        decode = self.offer.tokenizer.decode
+        return [decode(prompt) if request.echo else "" for prompt in request.prompts for _ in range(request.n)]
+
+    async def _logprobs(self, exchange: Exchange, chat: bool) -> list[dict[str, Any] | None]:
+        """Of each answer, in the form of its endpoint; None where they were not asked for."""
+        wanted = exchange.request.logprobs
+        if wanted is None:
+            return [None] * len(exchange.writings)
+        form = responses.chat_logprobs if chat else responses.completion_logprobs
+        return [form(self.offer.tokenizer, entries, wanted) for entries in await exchange.scores()]
 
     async def _stream(self, http: HttpRequest, exchange: Exchange, identity: str, chat: bool) -> AsyncIterator[bytes]:
         request, kind = exchange.request, "chat.completion.chunk" if chat else "text_completion"
         sent = [""] * len(exchange.writings)
 
-        def chunk(index: int, text: str, finish: str | None = None, role: bool = False, **more: Any) -> bytes:
-            choice = responses.chunk_choice(chat, index, text, finish, role)
+        # Only a whole answer has log-probabilities: they come with its end, when all are written.
+        ends_last = request.logprobs is not None or not request.limit
+
+        def chunk(
+            index: int,
+            text: str,
+            finish: str | None = None,
+            role: bool = False,
+            logprobs: dict | None = None,
+            **more: Any,
+        ) -> bytes:
+            choice = responses.chunk_choice(chat, index, text, finish, role, logprobs)
             return responses.event(responses.body(kind, identity, self.offer.name, [choice]) | more)
 
         try:
-            if chat:
-                for writing in exchange.writings:
-                    yield chunk(writing.index, "", role=True)
+            for writing, echo in zip(exchange.writings, self._echoes(request)):
+                if chat or echo:
+                    yield chunk(writing.index, echo, role=True)
             async for changed in exchange.updates():
                 for writing in changed:
                     i, more = writing.index, {}
@@ -117,9 +134,13 @@ class Service:
                     else:
                         new = writing.text[len(sent[i]) :]
                     sent[i] = writing.text
-                    if new or more or writing.finish:
-                        yield chunk(i, new, writing.finish, **more)
+                    finish = None if ends_last else writing.finish
+                    if new or more or finish:
+                        yield chunk(i, new, finish, **more)
             usage = responses.usage(request, exchange.jobs)
+            if ends_last:
+                for writing, logprobs in zip(exchange.writings, await self._logprobs(exchange, chat)):
+                    yield chunk(writing.index, "", writing.finish, logprobs=logprobs)
             if request.include_usage:
                 yield responses.event(responses.body(kind, identity, self.offer.name, [], usage))
             self._log_usage(http, exchange, usage)

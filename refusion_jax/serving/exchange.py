@@ -29,6 +29,8 @@ class Exchange:
         rows = [(prompt, i) for prompt in request.prompts for i in range(request.n)]
         self.writings = [responses.Writing(offer.tokenizer, request, eos, index) for index in range(len(rows))]
         wanted = rows if request.limit else []  # an echo alone has no answer
+        for writing in self.writings[len(wanted) :]:
+            writing.finish = "length"
         self.jobs = [self._job(request.config.method, self._prompt(prompt, i), watched) for prompt, i in wanted]
         self._device.submit(self.jobs)
 

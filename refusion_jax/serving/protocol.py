@@ -169,9 +169,7 @@ def ids_of(value: list, param: str) -> list[int]:
     """A list of token ids."""
     for item in value:
         if isinstance(item, bool) or not isinstance(item, int) or not 0 <= item < 2**31:
-            raise BadRequest(
-                f"{param} contains {shown(item)}; a prompt of token ids is an array of whole numbers.", param
-            )
+            raise BadRequest(f"{param} contains {shown(item)}; it must be an array of whole numbers from 0.", param)
     return value
 
 
@@ -305,6 +303,11 @@ def settings(body: dict, offer: Offer) -> SamplerConfig:
                     f"{field.name} is {shown(value)}; it was set to {own} when the server was started.", field.name
                 )
             continue
+        if isinstance(own, tuple):
+            if not isinstance(value, list):
+                raise BadRequest(f"{field.name} is {shown(value)}; it must be an array of numbers.", field.name)
+            changes[field.name] = tuple(ids_of(value, field.name))
+            continue
         whole = isinstance(own, int)
         value = number(body, field.name, own, -math.inf, whole=whole)
         if abs(value) >= 2**31:
@@ -358,8 +361,6 @@ def stop_ids_of(body: dict) -> tuple[int, ...]:
 
 def checked(request: Request, offer: Offer) -> Request:
     """The request, if the server has room for it and the model knows its ids."""
-    if request.stream and (request.echo or request.logprobs is not None):
-        raise BadRequest("echo and logprobs do not go together with stream; ask for one of them.", "stream")
     if request.logprobs is not None and not offer.scores:
         raise BadRequest(
             "This model does not read from left to right, so it has no logprobs; leave them out.", "logprobs"

@@ -163,12 +163,14 @@ def event(found: dict[str, Any]) -> bytes:
 DONE = b"data: [DONE]\n\n"
 
 
-def chunk_choice(chat: bool, index: int, text: str, finish: str | None, role: bool = False) -> dict[str, Any]:
+def chunk_choice(
+    chat: bool, index: int, text: str, finish: str | None, role: bool = False, logprobs: dict | None = None
+) -> dict[str, Any]:
     """A choice of a chunk."""
     if not chat:
-        return {"index": index, "text": text, "finish_reason": finish, "logprobs": None}
+        return {"index": index, "text": text, "finish_reason": finish, "logprobs": logprobs}
     delta = ({"role": "assistant"} if role else {}) | ({"content": text} if text or role else {})
-    return {"index": index, "delta": delta, "finish_reason": finish, "logprobs": None}
+    return {"index": index, "delta": delta, "finish_reason": finish, "logprobs": logprobs}
 
 
 # --- Errors.
