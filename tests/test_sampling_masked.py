@@ -29,6 +29,7 @@ pytestmark = pytest.mark.usefixtures("quick_compiles")
 PARAMS = random_params(3, scale=1.2)
 PROMPTS = random_prompts(5, 14) + random_prompts(6, 2, longest=40)
 CONFIG = MaskedConfig(gen_length=16, block_length=8, steps=8, stop="length")
+AGREEMENT = dataclasses.replace(CONFIG, steps=0, select="agreement", cache="free")  # with a cache of its own
 
 
 def contents(answer):
@@ -359,7 +360,7 @@ def test_decoding_equals_a_loop_that_forwards_the_whole_text():
         dict(select="threshold", threshold=0.3, steps=0),
         dict(cache="dual", select="entropy_bound", steps=0, gamma=1.0),
         dict(cache="prefix", alignment="shift", schedule="linear_t"),
-        dict(cache="free", select="agreement", steps=0),
+        dict(select="agreement", cache="free", steps=0),
         dict(cache="dkv_decode", cache_steps=3),
         dict(cache="dkv_greedy", score="random", cache_steps=3),
         dict(cache="dllm", gen_interval=3, prompt_interval=5),
@@ -429,10 +430,9 @@ def test_stream_shows_what_is_decided():
     assert all(sorted(order) == list(range(16)) for order in seen.values())
 
 
-@pytest.mark.parametrize("cache", ["none", "dual"])
-def test_same_tokens_on_a_mesh(cache):
+@pytest.mark.parametrize("config", [dataclasses.replace(CONFIG, cache="dual"), AGREEMENT], ids=lambda c: c.cache)
+def test_same_tokens_on_a_mesh(config):
     model = dataclasses.replace(MODEL, num_kv_heads=2)
-    config = dataclasses.replace(CONFIG, cache=cache)
     params = random_params(3, 1.2, model)
     one = generate(params, model, config, PROMPTS[:6], batch_size=4, max_prompt_length=40)
     mesh = make_mesh(2, 2, 2)
@@ -444,15 +444,15 @@ def test_same_tokens_on_a_mesh(cache):
 def test_a_longer_prompt_makes_the_cache_grow():
     prompts = [PROMPTS[0], random_prompts(9, 1, longest=2)[0] * 150]
     model = dataclasses.replace(MODEL, max_position_embeddings=512)
-    engine = Engine(PARAMS, model, CONFIG, 2)
-    assert engine.add(Prompt(prompts[0], CONFIG)) is not None
+    engine = Engine(PARAMS, model, AGREEMENT, 2)
+    assert engine.add(Prompt(prompts[0], AGREEMENT)) is not None
     engine.step(2)
-    assert engine.add(Prompt(prompts[1], CONFIG, 1)) is not None
+    assert engine.add(Prompt(prompts[1], AGREEMENT, 1)) is not None
     found = {}
     while engine.busy:
         found |= {answer.index: answer for answer in engine.step(100)}
     for index, prompt in enumerate(prompts):
-        (alone,) = generate(PARAMS, model, CONFIG, [prompt], batch_size=1)
+        (alone,) = generate(PARAMS, model, AGREEMENT, [prompt], batch_size=1)
         assert contents(found[index]) == contents(alone)
 
 
