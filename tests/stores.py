@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import time
 
 import numpy as np
 import pyarrow
@@ -44,3 +45,13 @@ def write_all_kinds(folder) -> list[tuple[str, str]]:
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist(records), folder / "a.parquet", row_group_size=70)
     (folder / "a.txt").write_text("\n\n".join(r["response"] for r in records))
     return [(r["query"], r["response"]) for r in records]
+
+
+def prepare_slowly(data, out, worker: tuple[int, int], shard_bytes: int) -> None:
+    """Prepares a config's data, so slowly that there is time to be killed."""
+    from refusion_jax import prepare
+    from refusion_jax.data import tokenizers
+
+    encode = tokenizers.ByteTokenizer.encode_batch
+    tokenizers.ByteTokenizer.encode_batch = lambda self, texts: time.sleep(0.1) or encode(self, texts)
+    prepare.prepare(data, out, worker=worker, shard_bytes=shard_bytes)

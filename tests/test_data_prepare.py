@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import multiprocessing
 import os
 import pathlib
 import random
@@ -78,28 +79,16 @@ def test_again_nothing_is_made_and_damage_is_mended(data, whole, tmp_path, monke
     assert made == ["shard-00002.bin"] * 2 and stores.contents(tmp_path) == whole
 
 
-SLOW = """
-import sys, time
-from refusion_jax import prepare
-from refusion_jax.config import DataConfig, SourceConfig
-from refusion_jax.data import preparation, tokenizers
-
-encode = tokenizers.ByteTokenizer.encode_batch
-tokenizers.ByteTokenizer.encode_batch = lambda self, texts: time.sleep(0.01) or encode(self, texts)
-data = DataConfig(train=(SourceConfig("jsonl", sys.argv[1]), SourceConfig("text", sys.argv[1])), max_length=256,
-                  evaluation=(SourceConfig("jsonl", sys.argv[1], start=0.9),))
-prepare.prepare(data, sys.argv[2], worker=(int(sys.argv[3]), 4), shard_bytes=int(sys.argv[4]))
-"""
-
-
 def test_killed_at_any_time_it_ends_in_the_same_store(data, whole, tmp_path):
     """Four workers, killed 20 times between them."""
     chance, kills = random.Random(0), 0
-    source = data.train[0].path
+    forks = multiprocessing.get_context("forkserver")  # no worker has to import anything
+    forks.set_forkserver_preload(["pytest", "stores", "refusion_jax.prepare"])
 
     def start(worker):
-        words = [sys.executable, "-c", SLOW, source, str(tmp_path), str(worker), str(SHARD)]
-        return subprocess.Popen(words, stderr=subprocess.DEVNULL)
+        process = forks.Process(target=stores.prepare_slowly, args=(data, tmp_path, (worker, 4), SHARD))
+        process.start()
+        return process
 
     running = {n: start(n) for n in range(4)}
     end = time.monotonic() + 300
@@ -107,14 +96,14 @@ def test_killed_at_any_time_it_ends_in_the_same_store(data, whole, tmp_path):
         assert time.monotonic() < end
         time.sleep(0.05)
         for n, process in list(running.items()):
-            begun = any(tmp_path.glob("*/plan.json"))  # not only while Python starts
+            begun = any(tmp_path.glob("*/plan.json"))  # not only while a worker starts
             if kills < 20 and begun and chance.random() < 0.2:
                 process.kill()
-                process.wait()
+                process.join()
                 kills += 1
                 running[n] = start(n)
-            elif process.poll() is not None:
-                assert process.returncode == 0
+            elif not process.is_alive():
+                assert process.exitcode == 0
                 del running[n]
     assert kills == 20
     made = {name: content for name, content in stores.contents(tmp_path).items() if not name.endswith(".part")}
