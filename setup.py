@@ -38,6 +38,7 @@ setup(
     ],
     extras_require={
         "gcs": GCS,  # runs and data in gs:// buckets
+        "s3": ["s3fs"],  # data and Hugging Face weights in s3:// buckets
         "hf": HF,  # Hugging Face tokenizers, chat templates and downloads
         "serve": SERVE,  # the server
         "demo": DEMO,  # procedural tasks, plots and pictures

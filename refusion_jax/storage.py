@@ -55,7 +55,8 @@ def read(path: epath.Path, start: int = 0, stop: int | None = None) -> bytes:
             file.seek(start)
             return file.read() if stop is None else file.read(stop - start)
     system, name = _file_system(path)
-    return patiently(lambda: system.cat_file(name, start or None, stop), f"Cannot read {path}")
+    first = None if stop is None and not start else start  # an empty file has no range
+    return patiently(lambda: system.cat_file(name, start=first, end=stop), f"Cannot read {path}")
 
 
 class _Ranges(io.RawIOBase):
@@ -155,7 +156,8 @@ def check_writable(folder: epath.Path, setting: str) -> None:
     """
     probe = folder / f".writable-{uuid.uuid4().hex}"
     try:
-        folder.mkdir(parents=True, exist_ok=True)
+        if is_local(folder):  # in a bucket files need no folder, and clients would make a bucket that is not there
+            folder.mkdir(parents=True, exist_ok=True)
         write(probe, b"")
         probe.unlink()
     except UserError as error:
@@ -257,7 +259,8 @@ def _file_system(path: epath.Path):
         return fsspec.core.url_to_fs(str(path))
     except (ImportError, ValueError) as error:
         raise UserError(
-            f"{path} cannot be used: {error}. gs:// addresses need pip install 'refusion_jax[gcs]', s3:// ones s3fs."
+            f"{path} cannot be used: {error}. gs:// addresses need pip install 'refusion_jax[gcs]', s3:// ones "
+            "'refusion_jax[s3]'."
         ) from error
     except Exception as error:
         raise UserError(

@@ -42,6 +42,24 @@ def bucket():
         server.stop()
 
 
+@pytest.fixture(scope="session")
+def s3_bucket():
+    """Address of an empty s3:// bucket, kept in memory by an emulator."""
+    pytest.importorskip("s3fs", reason="needs s3fs: pip install '.[s3]'")
+    server_lib = pytest.importorskip("moto.server", reason="needs moto[s3,server]")
+    import s3fs
+
+    with pytest.MonkeyPatch.context() as patch:
+        server = server_lib.ThreadedMotoServer(HOST, 0, verbose=False)
+        server.start()
+        patch.setenv("AWS_ENDPOINT_URL", "http://{}:{}".format(*server.get_host_and_port()))
+        for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+            patch.setenv(name, "none")
+        s3fs.S3FileSystem().mkdir("bucket")
+        yield "s3://bucket"
+        server.stop()
+
+
 def say_generations(server_lib, patch: pytest.MonkeyPatch) -> None:
     """Lets the emulator say which generation of an object it gives, as Google's storage does: TensorStore wants it."""
     from gcp_storage_emulator.handlers import objects

@@ -9,7 +9,7 @@ import pathlib
 import sys
 
 import pytest
-from buckets import bucket  # noqa: F401
+from buckets import bucket, s3_bucket  # noqa: F401
 
 # Before the first import of jax anywhere in the tests (pytest itself does not).
 ON_GPU = os.environ.get("REFUSION_TEST_PLATFORM", "cpu") == "gpu"

@@ -9,6 +9,8 @@ import stores
 
 from refusion_jax import prepare as prepare_lib
 from refusion_jax import storage
+from refusion_jax.checkpoint import load as load_lib
+from refusion_jax.checkpoint.orbax import Checkpoints
 from refusion_jax.config import DataConfig, SourceConfig
 from refusion_jax.data import store as store_lib
 from refusion_jax.data.pipeline import load_rows
@@ -68,11 +70,11 @@ def failing(monkeypatch):
         real, name = system(path)
 
         class Unreliable:
-            def cat_file(self, *arguments):
+            def cat_file(self, name, **limits):
                 if state["left"]:
                     state["left"] -= 1
                     raise OSError(errno.ECONNRESET, "Connection reset by peer")
-                return real.cat_file(*arguments)
+                return real.cat_file(name, **limits)
 
         return Unreliable(), name
 
@@ -188,3 +190,28 @@ def test_what_is_wrong_with_a_source_in_a_bucket_is_named(raw, bucket):
     storage.write(storage.as_path(f"{bucket}/records/a.array_record"), b"")
     with pytest.raises(UserError, match="ArrayRecord files are read from folders only"):
         open_source(SourceConfig("array_record", f"{bucket}/records")).units(1000)
+
+
+# --- s3://
+
+
+def test_the_same_code_takes_raw_data_stores_and_weights_in_s3(s3_bucket, data, raw, address, reference):
+    for folder, name in ((raw[0], "raw"), (reference / "qwen3_tied" / "model", "model")):
+        storage.copy_folder(folder, storage.as_path(f"{s3_bucket}/{name}"))
+    for kind in ("jsonl", "parquet"):
+        near, far = (open_source(SourceConfig(kind, f"{place}")) for place in (raw[0], f"{s3_bucket}/raw"))
+        assert far.key() == near.key()
+        assert [e for u in far.units(1000) for e in far.read(u)] == [e for u in near.units(1000) for e in near.read(u)]
+    assert prepare_lib.prepare(data, f"{s3_bucket}/store", shard_bytes=3000)
+    assert contents(f"{s3_bucket}/store") == contents(address)
+    far, near = load(data, store=f"{s3_bucket}/store"), load(data, store=address)
+    np.testing.assert_array_equal(near[0]["tokens"], far[0]["tokens"])
+    found = load_lib.fingerprint(f"{s3_bucket}/model")
+    assert found == load_lib.fingerprint(reference / "qwen3_tied" / "model")
+    with pytest.raises(UserError, match="Cannot write to s3://nobody/store"):
+        prepare_lib.prepare(data, "s3://nobody/store")
+
+
+def test_runs_in_s3_are_refused():
+    with pytest.raises(UserError, match=r"s3://bucket/run cannot hold checkpoints: .*Use a gs:// bucket or a file"):
+        Checkpoints("s3://bucket/run")
