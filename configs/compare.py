@@ -4,7 +4,7 @@ Arguments: method (a name of `refusion_jax.objective.methods`, or refusion_causa
 examples in order), seed, lr, steps, and scale:
 
     quick   0.1M parameters on two tasks, minutes on a CPU, to see that everything works
-    tiny    2M parameters on five tasks of different kinds, hours on two CPU cores for the whole table
+    tiny    0.4M parameters on five tasks of different kinds, for a CPU
     100m    100M parameters on grade-school word problems (gsm_symbolic), for one GPU
 """
 
@@ -15,31 +15,43 @@ from refusion_jax.model.config import ModelConfig
 from refusion_jax.objective.methods import objective_settings
 
 # Byte-level; of each question only what differs. Sums are best written from the right, spelling in any order, sorting
-# from the left; ciphers are letter by letter; word problems have worked steps.
-SUM = (("min_terms", 2), ("max_terms", 2), ("min_digits", 2), ("max_digits", 4), ("query_pattern", r": (.*) ="))
-SPELL = (("min_word_len", 3), ("max_word_len", 10), ("query_pattern", r": (\w+)$"))
+# and insertion from the left; a word ladder is its own worked steps, each one letter from the one before.
+SUM = (("min_terms", 2), ("max_terms", 2), ("min_digits", 1), ("max_digits", 2), ("query_pattern", r": (.*) ="))
+SPELL = (("min_word_len", 3), ("max_word_len", 5), ("query_pattern", r": (\w+)$"))
 SORT = (
-    ("min_numbers", 3),
-    ("max_numbers", 5),
-    ("min_decimals", 0),
-    ("max_decimals", 0),
+    ("min_numbers", 2),
+    ("max_numbers", 2),
+    ("min_decimals", 1),
+    ("max_decimals", 1),
     ("min_value", 0.0),
-    ("max_value", 99.0),
+    ("max_value", 9.9),
     ("query_pattern", r"Sort these numbers in (\w+ order: .*?)\n"),
 )
-CIPHER = (("min_words", 1), ("max_words", 2), ("query_pattern", r"text: (.*?)\. Provide"))
+INSERT = (("min_string_length", 5), ("max_string_length", 8), ("query_pattern", r"pattern: (\w+)"))
+LADDER = (
+    ("min_word_length", 3),
+    ("max_word_length", 3),
+    ("min_chain_length", 3),
+    ("max_chain_length", 4),
+    ("query_pattern", r"ladder '(\w+' to '\w+)'"),
+)
 TASKS = {
     "chain_sum": SUM,
     "spell_backward": SPELL,
     "number_sorting": SORT,
-    "caesar_cipher": CIPHER,
-    "gsm_symbolic": (),
+    "string_insertion": INSERT,
+    "word_ladder": LADDER,
 }
 SCALES = {
-    "quick": dict(tasks=("chain_sum", "spell_backward"), width=64, layers=2, steps=300, length=128, multiple=16),
-    "tiny": dict(tasks=tuple(TASKS), width=192, layers=4, steps=3000, length=1024, multiple=16),
-    "100m": dict(tasks=("gsm_symbolic",), width=768, layers=14, steps=20000, length=2048, multiple=16),
+    "quick": dict(
+        tasks=("chain_sum", "spell_backward"), width=64, mlp=192, layers=2, steps=300, length=128, rows=4, size=5000
+    ),
+    "tiny": dict(tasks=tuple(TASKS), width=128, mlp=384, layers=2, steps=800, length=256, rows=2, size=10000),
+    "100m": dict(
+        tasks=("gsm_symbolic",), width=768, mlp=2304, layers=14, steps=20000, length=2048, rows=64, size=20000
+    ),
 }
+FILLED = 16  # tokens of an answer that is filled up: the longest one has 15 and its end
 
 
 def get_config(argument: str = "") -> ConfigDict:
@@ -49,7 +61,7 @@ def get_config(argument: str = "") -> ConfigDict:
     model = ModelConfig(
         vocab_size=384,
         hidden_size=width,
-        intermediate_size=3 * width,
+        intermediate_size=scale["mlp"],
         num_layers=scale["layers"],
         num_heads=width // (64 if large else 32),
         num_kv_heads=width // (64 if large else 32) // 2,
@@ -58,7 +70,9 @@ def get_config(argument: str = "") -> ConfigDict:
         rope_theta=10000.0,
         max_position_embeddings=2 * scale["length"],
     )
-    sources = [dict(kind="procedural", path=name, size=20000, options=TASKS[name]) for name in scale["tasks"]]
+    sources = [
+        dict(kind="procedural", path=name, size=scale["size"], options=TASKS.get(name, ())) for name in scale["tasks"]
+    ]
     # Slots and blocks as short as the answers; where tokens see what comes after them, an answer is filled up with EOS
     # tokens, or its length would be known.
     slots = (4, 8, 16, 32) if large else (4, 8)
@@ -80,16 +94,16 @@ def get_config(argument: str = "") -> ConfigDict:
                 train=[dict(source, stop=0.98) for source in sources],
                 evaluation=[dict(source, start=0.98) for source in sources],  # prompts that are never trained on
                 max_length=scale["length"],
-                response_multiple=1 if objective["kind"] in ("refusion", "autoregressive") else scale["multiple"],
+                response_multiple=1 if objective["kind"] in ("refusion", "autoregressive") else 16 if large else FILLED,
             ),
             objective=objective,
-            optimizer=dict(lr=arg.lr or (6e-4 if large else 2e-3), warmup_steps=steps // 20, b2=0.95),
+            optimizer=dict(lr=arg.lr or (6e-4 if large else 3e-3), warmup_steps=steps // 20, b2=0.95),
             steps=steps,
-            batch_size=64 if large else 8,
+            batch_size=scale["rows"],
             seed=arg.seed,
-            eval_every=max(1, steps // 5),
+            eval_every=max(1, steps // 2),
             log_every=max(1, steps // 100),
-            checkpoint_every_steps=max(1, steps // 5),
+            checkpoint_every_steps=max(1, steps // 2),
             keep_last=1,
             keep_best=0,
         )

@@ -51,7 +51,7 @@ def test_rows_take_the_best_threshold_and_the_error_over_seeds(tools):
         runs.append(told | {"method": "refusion", "points": points})
     plain, slots = compare_report.rows_of(runs)
     assert plain["accuracy"] == (pytest.approx(0.5), pytest.approx(0.1)) and plain["speed_1"] == (1.0, 0.0)
-    assert slots["thresholds"] == [0.9, 0.9] and slots["speed_16"] == (3.0, 0.0) and slots["seeds"] == 2
+    assert slots["threshold"] == 0.9 and slots["speed_16"] == (3.0, 0.0) and slots["seeds"] == 2
     assert slots["area"][0] == pytest.approx((2 * 0.5 + 2 * 0.3) / compare_report.BOUND)
     assert "50.0 ± 10.0" in compare_report.table([plain, slots])
 
@@ -86,13 +86,17 @@ def test_quick_comparison_makes_a_report_and_goes_on_with_what_is_finished(tools
     shown = capsys.readouterr()
     assert shown.err.count("training ") == 2
     report = (out / "report.md").read_text()
-    for text in ("| autoregressive | token by token |", "| refusion | slots of 8 |", "--quick", "chain_sum"):
+    rows_told = ("token by token |", "speculative |"), ("token by token |", "slots of 8 |")
+    told = [f"| {method} | {row}" for method, rows in zip(("autoregressive", "refusion"), rows_told) for row in rows]
+    for text in (*told, "--quick", "chain_sum"):
         assert text in report
     for picture in ("tokens_per_forward.png", "tokens_per_second_1.png", "tokens_per_second_16.png"):
         assert (out / picture).read_bytes().startswith(b"\x89PNG") and picture in report
     rows = json.loads((out / "table.json").read_text())["rows"]
     assert {row["method"] for row in rows} == {"autoregressive", "refusion"}
-    assert all(row["nats_per_token"][0] > 0 and row["seconds"][0] > 0 for row in rows)
+    assert all(row["seconds"][0] > 0 and row["tokens_per_second_16"][0] > 0 for row in rows)
+    without = [row["decoding"] for row in rows if row["nats_per_token"] is None]  # its likelihood is that of the first
+    assert without == ["speculative"] and all(row["nats_per_token"][0] > 0 for row in rows if row["nats_per_token"])
 
     lost = next((out / "points").glob("refusion*/*.json"))
     lost.unlink()
