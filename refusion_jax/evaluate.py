@@ -96,7 +96,7 @@ def evaluate(arguments: argparse.Namespace) -> list[run.Result]:
     found = [
         pair
         for name in documents.names_of(arguments.tasks)
-        for pair in documents.load(name, files, arguments.checkpoint, arguments.step)
+        for pair in documents.load(name, files, arguments.checkpoint, arguments.step, arguments.limit)
     ]
     code = [benchmark.name for benchmark, _ in found if benchmark.program]
     if code and not arguments.run_code:
@@ -108,8 +108,7 @@ def evaluate(arguments: argparse.Namespace) -> list[run.Result]:
         print(f"sandbox: {sandbox.strength()}")
     decoder = decoder_of(arguments)
     results = []
-    for benchmark, of_task in found:
-        chosen = of_task[: arguments.limit or None]
+    for benchmark, chosen in found:
         config = config_of(arguments, decoder, benchmark, chosen, tuned)
         results += one(arguments, decoder, benchmark, chosen, config)
     if jax.process_index() == 0:

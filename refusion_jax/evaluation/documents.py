@@ -3,6 +3,7 @@
 import difflib
 import importlib.resources
 import importlib.util
+import itertools
 import json
 import logging
 import pathlib
@@ -55,30 +56,33 @@ def procedural_names() -> list[str]:
 
 
 def load(
-    name: str, files: Mapping[str, pathlib.Path], checkpoint: str, step: int | None
+    name: str, files: Mapping[str, pathlib.Path], checkpoint: str, step: int | None, limit: int = 0
 ) -> list[tuple[Benchmark, list[Document]]]:
     """The benchmarks of a name (held_out: one for each source), with their documents.
 
     Args:
       files: JSONL by the task's name, instead of where it is usually found.
+      limit: documents of each, the first ones; 0: all. Of sources no others are made.
 
     Raises:
       UserError: the documents are nowhere, or one of them is not as it must be.
     """
     if name == HELD_OUT:
         sources = held_out(checkpoint, step)
-        return [(procedural(name), of_source(source)) for name, source in zip(task_names(sources), sources)]
+        return [(procedural(name), of_source(source, limit)) for name, source in zip(task_names(sources), sources)]
     if name in BENCHMARKS:
         benchmark = BENCHMARKS[name]
         found = from_file(benchmark, files[name]) if name in files else from_package(name) or from_hub(benchmark)
+        found = found[: limit or None]
         return [(benchmark, [benchmark.prepared(document, index) for index, document in enumerate(found)])]
     config = SourceConfig(kind="procedural", path=name, size=PROCEDURAL_SIZE, seed=PROCEDURAL_SEED)
-    return [(procedural(name), of_source(open_source(config)))]
+    return [(procedural(name), of_source(open_source(config), limit))]
 
 
-def of_source(source: Source) -> list[Document]:
-    """Queries of a source's part, in order."""
-    found = [{"query": source[i][0], "response": source[i][1], "index": i, "source": source} for i in source.part()]
+def of_source(source: Source, limit: int = 0) -> list[Document]:
+    """Queries of a source's part, in order; with a limit the first ones."""
+    part = itertools.islice(source.part(), limit or None)
+    found = [{"query": source[i][0], "response": source[i][1], "index": i, "source": source} for i in part]
     if not found:
         raise UserError(
             f"{source.name} has no example in its part from {source.config.start} to {source.config.stop}; evaluate "
