@@ -40,7 +40,7 @@ def pytest_collection_modifyitems(items):
 
 @pytest.fixture(scope="module", autouse=True)
 def programs_are_let_go():
-    """Every compiled program holds memory maps, of which a process may have 65,530: one that runs all tests has more."""
+    """Every compiled program holds memory maps, of which a process may have 65,530; all tests have more."""
     yield
     if jax := sys.modules.get("jax"):
         jax.clear_caches()
