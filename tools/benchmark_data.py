@@ -25,6 +25,7 @@ from refusion_jax.config import DataConfig, SourceConfig
 from refusion_jax.data import pipeline, shards
 from refusion_jax.data.windows import Windows
 
+_WHO = resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN
 PER_BLOCK = 790  # examples, about `shards.BLOCK_TOKENS` tokens
 
 
@@ -77,6 +78,11 @@ def memory() -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 
+def cpu_seconds() -> float:
+    """Used by this process and by those of it that have ended."""
+    return sum(map(sum, ((u.ru_utime, u.ru_stime) for u in map(resource.getrusage, _WHO))))
+
+
 def start(arguments: argparse.Namespace) -> None:
     """In a fresh process: seconds and memory until the first row, and from it on."""
     before, begin = memory(), time.perf_counter()
@@ -113,15 +119,16 @@ def measure_prepare(arguments: argparse.Namespace) -> None:
     for processes in arguments.processes_list:
         with tempfile.TemporaryDirectory() as folder:
             data = DataConfig(tokenizer=arguments.tokenizer, train=(SourceConfig("jsonl", arguments.file),))
-            begin = time.perf_counter()
+            begin, used = time.perf_counter(), cpu_seconds()
             prepare.prepare(data, folder, processes=processes, shard_bytes=arguments.shard_mib * 2**20)
-            seconds = time.perf_counter() - begin
+            seconds, used = time.perf_counter() - begin, cpu_seconds() - used
             found = [json.loads(p.read_text())["content"] for p in pathlib.Path(folder).glob("*/index.json")]
             examples = sum(shard[0] for index in found for shard in index["shards"])
             tokens = sum(shard[1] for index in found for shard in index["shards"])
             print(
                 f"{processes} processes: {examples:,} examples in {seconds:.1f} s, "
-                f"{examples / seconds:,.0f} examples/s, {tokens / seconds:,.0f} tokens/s"
+                f"{examples / seconds:,.0f} examples/s, {tokens / seconds:,.0f} tokens/s; {1000 * used / examples:.2f} "
+                "s of CPU time for 1000 examples, start-up of processes included"
             )
 
 
