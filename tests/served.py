@@ -6,6 +6,7 @@ PYTEST_DONT_REWRITE: tests import it before pytest does.
 import contextlib
 import dataclasses
 import json
+import os
 import threading
 import time
 from collections.abc import Iterator, Sequence
@@ -15,6 +16,7 @@ import jax
 import openai
 import pytest
 from flax import linen as nn
+from jax.experimental.compilation_cache import compilation_cache
 
 from refusion_jax import serve
 from refusion_jax.checkpoint import orbax
@@ -78,8 +80,32 @@ def over_http(found: Service) -> Iterator[str]:
 QUERIES = ["sun", "moon and stars", "où", "four", "five", "a longer question " * 5]
 
 
+@pytest.fixture(scope="session")
+def compiled(tmp_path_factory):
+    """Where programs lie that every module of the server's needs: the first one compiles them, for all workers."""
+    folder = tmp_path_factory.getbasetemp()
+    folder = (folder.parent if "PYTEST_XDIST_WORKER" in os.environ else folder) / "served"
+    folder.mkdir(exist_ok=True)
+    return folder
+
+
 @pytest.fixture(scope="module")
-def decoder(repository, tmp_path_factory) -> Decoder:
+def compiled_once(compiled):
+    settings = {
+        "jax_compilation_cache_dir": os.environ["JAX_COMPILATION_CACHE_DIR"] or str(compiled),
+        "jax_persistent_cache_min_compile_time_secs": 0.0,
+    }
+    before = {name: getattr(jax.config, name) for name in settings}
+    for name, value in settings.items():
+        jax.config.update(name, value)
+    yield settings["jax_compilation_cache_dir"]
+    for name, value in before.items():
+        jax.config.update(name, value)
+    compilation_cache.reset_cache()  # else JAX keeps the folder for all that comes after
+
+
+@pytest.fixture(scope="module")
+def decoder(repository, tmp_path_factory, compiled_once) -> Decoder:
     folder = tmp_path_factory.mktemp("run")
     write_checkpoint(folder, repository)
     return Decoder.load(str(folder))

@@ -6,6 +6,7 @@ import concurrent.futures
 import dataclasses
 import http.client
 import json
+import os
 import random
 import signal
 import socket
@@ -293,7 +294,7 @@ def test_prompts_of_every_length_around_the_limits(client):
 # --- The process.
 
 
-def test_sigterm_under_load_finishes_what_runs(decoder, repository, tmp_path):
+def test_sigterm_under_load_finishes_what_runs(compiled_once, repository, tmp_path):
     served.write_checkpoint(tmp_path, repository)
     command = [
         sys.executable,
@@ -302,10 +303,14 @@ def test_sigterm_under_load_finishes_what_runs(decoder, repository, tmp_path):
         "--checkpoint",
         str(tmp_path),
         *served.FLAGS,
-        "--max-length",
-        "64",
     ]
-    process = subprocess.Popen(command, cwd=repository, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    environ = os.environ | {
+        "JAX_COMPILATION_CACHE_DIR": compiled_once,
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+    }
+    process = subprocess.Popen(
+        command, cwd=repository, env=environ, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
     try:
         base = process.stdout.readline().split()[0]
         end = time.monotonic() + 300

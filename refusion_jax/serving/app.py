@@ -204,6 +204,7 @@ class Service:
                 "batch_size": {name: lane.engine.batch for name, lane in self.device.lanes.items()},
                 "max_waiting": self.device.max_waiting,
                 "compilations_since_warm_up": self.metrics.compiled_since(),
+                "internal_states": [{}],  # where sglang's benchmark looks for more
             }
         )
 
