@@ -16,6 +16,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 import safetensors.numpy
+from absl import logging
 from flax import linen as nn
 from forward import forward, logits
 
@@ -423,26 +424,25 @@ def test_destination_that_cannot_be_is_named_before_anything_is_read(
         convert.to_orbax(source, destination, say=quiet)
 
 
-def test_commands(repository, tmp_path):
+def test_commands(repository, tmp_path, monkeypatch, capsys):
     """The command line: convert, look, convert back, and a mistake as one paragraph."""
     micro(tmp_path / "hf", tokenizer="bytes")
+    verbosity = logging.get_verbosity()
 
-    def run(*command) -> subprocess.CompletedProcess:
-        return subprocess.run(
-            [sys.executable, *map(str, command)], cwd=repository, capture_output=True, text=True, timeout=60
-        )
+    def run(tool, *arguments) -> str:
+        monkeypatch.setattr(sys, "argv", [tool, *map(str, arguments)])
+        try:
+            runpy.run_path(str(repository / "tools" / tool))["main"]()
+        finally:
+            logging.set_verbosity(verbosity)
+        return capsys.readouterr().out
 
-    there = run("tools/convert_qwen3.py", "to-orbax", tmp_path / "hf", tmp_path / "orbax", "--dtype", "bfloat16")
-    assert there.returncode == 0 and "100%" in there.stdout, there.stderr
-    shown = run("tools/inspect_checkpoint.py", tmp_path / "orbax")
-    assert (
-        "layers/mlp/gate" in shown.stdout
-        and "3x16x32  bfloat16" in shown.stdout
-        and "mask_token_id 261" in shown.stdout
-    ), shown.stderr
-    back = run("tools/convert_qwen3.py", "to-hf", tmp_path / "orbax", tmp_path / "back", "--shard-gb", "1e-5")
-    assert back.returncode == 0, back.stderr
-    shown = run("tools/inspect_checkpoint.py", tmp_path / "back")
-    assert "model.layers.{}.mlp.gate_proj.weight" in shown.stdout and "32x16 x 3" in shown.stdout, shown.stderr
-    again = run("tools/convert_qwen3.py", "to-hf", tmp_path / "orbax", tmp_path / "back")
+    assert "100%" in run("convert_qwen3.py", "to-orbax", tmp_path / "hf", tmp_path / "orbax", "--dtype", "bfloat16")
+    shown = run("inspect_checkpoint.py", tmp_path / "orbax")
+    assert "layers/mlp/gate" in shown and "3x16x32  bfloat16" in shown and "mask_token_id 261" in shown
+    run("convert_qwen3.py", "to-hf", tmp_path / "orbax", tmp_path / "back", "--shard-gb", "1e-5")
+    shown = run("inspect_checkpoint.py", tmp_path / "back")
+    assert "model.layers.{}.mlp.gate_proj.weight" in shown and "32x16 x 3" in shown
+    words = [sys.executable, "tools/convert_qwen3.py", "to-hf", tmp_path / "orbax", tmp_path / "back"]
+    again = subprocess.run([*map(str, words)], cwd=repository, capture_output=True, text=True, timeout=120)
     assert again.returncode == 2 and "exists already" in again.stderr and "Traceback" not in again.stderr
