@@ -35,7 +35,7 @@ from refusion_jax.errors import UserError, run_main
 from refusion_jax.parallel import distributed
 from refusion_jax.progress import Progress
 from refusion_jax.sampling import SamplerConfig
-from refusion_jax.sampling.config import check_prompts
+from refusion_jax.sampling.config import check_prompt, check_prompts
 
 SETTINGS = """
 settings the authors used (gen-length 512, temperature 0; blocks = 512 / block):
@@ -256,9 +256,9 @@ def read_prompts(
             continue
         try:
             record, prompt = parse_line(line)
-            check_prompts([decoder.tokenizer.encode_prompt(prompt)], decoder.model, config)
+            check_prompt(decoder.tokenizer.encode_prompt(prompt), decoder.model, config)
         except UserError as error:
-            message = f"{path} line {number}: {str(error).replace('Prompt 0', 'the prompt', 1)}"
+            message = f"{path} line {number}: {error}"
             if not skip_bad:
                 raise UserError(f"{message} With --skip-bad such lines are reported and the others answered.") from None
             print(f"skipped: {message}", file=sys.stderr)

@@ -31,7 +31,7 @@ from refusion_jax.evaluation.journal import Journal, Record
 from refusion_jax.progress import Progress
 from refusion_jax.sampling import SamplerConfig
 from refusion_jax.sampling.batching import UNLIMITED
-from refusion_jax.sampling.config import Generation, check_prompts
+from refusion_jax.sampling.config import Generation, check_prompt
 from refusion_jax.sampling.engine import PREFILL_TOKENS, Engine, Prompt
 
 CHAT = '{"messages": '  # how a context begins that `DecoderLM.apply_chat_template` made
@@ -176,10 +176,10 @@ class DecoderLM(LM):
         fitting = []
         for request in requests:
             try:
-                check_prompts([request.tokens], self.decoder.model, request.config)
+                check_prompt(request.tokens, self.decoder.model, request.config)
                 fitting.append(request)
             except UserError as error:
-                yield Record(request.key, failure=str(error).replace("Prompt 0", "The prompt", 1))
+                yield Record(request.key, failure=str(error))
         if not fitting:
             return
         engine = Engine(

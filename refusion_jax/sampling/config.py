@@ -234,25 +234,31 @@ def check_prompts(prompts: Sequence[Sequence[int]], model: ModelConfig, sampler:
         )
     sampler.check(model)
     for index, prompt in enumerate(prompts):
-        where = f"Prompt {index}"
-        if len(prompt) == 0:
-            raise UserError(f"{where} is empty; a prompt needs at least one token, for example the begin token.")
-        ids = np.asarray(prompt)
-        bad = ids[(ids < 0) | (ids >= model.logical_vocab_size)]
-        if bad.size:
-            raise UserError(
-                f"{where} contains id {bad[0]}, outside the model's vocabulary of {model.logical_vocab_size} ids; use "
-                "the tokenizer the model was trained with."
-            )
-        if model.mask_token_id is not None and (ids == model.mask_token_id).any():
-            raise UserError(
-                f"{where} contains the mask token (id {model.mask_token_id}) at index "
-                f"{int((ids == model.mask_token_id).argmax())}; remove it, only responses are masked."
-            )
-        length = sampler.up_to(limit)
-        total = len(prompt) + length
-        if total > model.max_position_embeddings:
-            raise UserError(
-                f"{where} has {len(prompt)} tokens; with gen_length {length} that is {total} positions, more "
-                f"than the model's {model.max_position_embeddings}. Shorten the prompt or gen_length."
-            )
+        check_prompt(prompt, model, sampler, limit, f"Prompt {index}")
+
+
+def check_prompt(
+    prompt: Sequence[int], model: ModelConfig, sampler: SamplerConfig, limit: int = 0, where: str = "The prompt"
+) -> None:
+    """Raises a UserError where a prompt, called so in it, cannot be decoded; `limit` as for `check_prompts`."""
+    if len(prompt) == 0:
+        raise UserError(f"{where} is empty; a prompt needs at least one token, for example the begin token.")
+    ids = np.asarray(prompt)
+    bad = ids[(ids < 0) | (ids >= model.logical_vocab_size)]
+    if bad.size:
+        raise UserError(
+            f"{where} contains id {bad[0]}, outside the model's vocabulary of {model.logical_vocab_size} ids; use the "
+            "tokenizer the model was trained with."
+        )
+    if model.mask_token_id is not None and (ids == model.mask_token_id).any():
+        raise UserError(
+            f"{where} contains the mask token (id {model.mask_token_id}) at index "
+            f"{int((ids == model.mask_token_id).argmax())}; remove it, only responses are masked."
+        )
+    length = sampler.up_to(limit)
+    total = len(prompt) + length
+    if total > model.max_position_embeddings:
+        raise UserError(
+            f"{where} has {len(prompt)} tokens; with gen_length {length} that is {total} positions, more than the "
+            f"model's {model.max_position_embeddings}. Shorten the prompt or gen_length."
+        )

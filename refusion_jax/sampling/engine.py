@@ -18,7 +18,7 @@ from jax.sharding import Mesh
 
 from refusion_jax.errors import UserError
 from refusion_jax.model.config import ModelConfig
-from refusion_jax.sampling.config import MAX_STOP_IDS, Generation, SamplerConfig, Settings, check_prompts
+from refusion_jax.sampling.config import MAX_STOP_IDS, Generation, SamplerConfig, Settings, check_prompt, check_prompts
 from refusion_jax.sampling.prefixes import BLOCK, Prefixes
 from refusion_jax.sampling.programs import Chunk, cache_bucket, decode_params, make_sampler, programs
 from refusion_jax.sampling.state import Request
@@ -118,7 +118,7 @@ class Engine:
         Raises:
           UserError: the prompt and the model do not fit together, or its settings need another engine.
         """
-        check_prompts([prompt.tokens], self.model, prompt.config, prompt.limit)
+        check_prompt(prompt.tokens, self.model, prompt.config, prompt.limit, f"Prompt {prompt.index}")
         self._check_request(prompt)
         row = next((row for row, owner in enumerate(self._owner) if owner is None), None)
         if row is None:
