@@ -134,7 +134,8 @@ class Device(threading.Thread):
           lanes: by name, what makes an engine.
           scorer: what makes the scorer; None: nothing will be scored.
           max_waiting: jobs that may wait for a row.
-          observer: told by `turn(device)` after every turn, `finished(job)`, and `warm()` (see metrics.py).
+          observer: told by `turn(device)` before every turn and when there is nothing to do, `finished(job)`, and
+            `warm()` (see metrics.py).
         """
         super().__init__(name="device", daemon=True)
         self._makers, self._make_scorer, self._observer = lanes, scorer, observer
@@ -181,8 +182,8 @@ class Device(threading.Thread):
             self._receive()
             for lane in self.lanes.values():
                 self._guarded(lane, self._refill)
-            self._guarded(self._next(), self._turn)
             self._observer.turn(self)
+            self._guarded(self._next(), self._turn)
 
     def _warm_up(self) -> None:
         for name, make in self._makers.items():
@@ -196,6 +197,8 @@ class Device(threading.Thread):
     def _receive(self) -> None:
         """Takes what is in the inbox; waits for something if there is nothing else to do."""
         idle = not any(lane.rows or lane.waiting for lane in self.lanes.values())
+        if idle:
+            self._observer.turn(self)
         try:
             self._sort(self._inbox.get(block=idle))
             while True:

@@ -81,7 +81,7 @@ class Metrics:
         return compilations() - self._warm
 
     def turn(self, device: Device) -> None:
-        """After every turn of the device thread."""
+        """Before every turn of the device thread, its rows given away, and when it has nothing to do."""
         self._running.set(device.running)
         self._waiting.set(device.waiting)
         self._usage.set(device.cache_used)
