@@ -128,7 +128,7 @@ def decode_program(
     state = decode_state(sampler, settings, mesh, batch, programs.cache_bucket(filled + sampler.window))
     scalar = jax.ShapeDtypeStruct((), jnp.int32, sharding=sharding.replicated(mesh))
     lowered = programs.programs(sampler, mesh).run.lower(weights, state, scalar, scalar)
-    tokens = batch * sampler.window
+    tokens = batch * (filled if sampler.in_place else sampler.window)  # in place at most everything
     attention = 4 * model.num_layers * model.num_heads * model.head_dim * tokens * filled
     needed = 2 * flops.matmul_params(model) * tokens + attention
     # Every matrix is read once, and what is filled of the cache; of an embedding that is no head, a few rows.
