@@ -4,7 +4,7 @@ Arguments: method (a name of `refusion_jax.objective.methods`, or refusion_causa
 examples in order), seed, lr, steps, and scale:
 
     quick   0.1M parameters on two tasks, minutes on a CPU, to see that everything works
-    tiny    0.4M parameters on five tasks of different kinds, for a CPU
+    tiny    1M parameters on five tasks of different kinds, for a CPU
     100m    100M parameters on grade-school word problems (gsm_symbolic), for one GPU
 """
 
@@ -44,9 +44,9 @@ TASKS = {
 }
 SCALES = {
     "quick": dict(
-        tasks=("chain_sum", "spell_backward"), width=64, mlp=192, layers=2, steps=300, length=128, rows=4, size=5000
+        tasks=("chain_sum", "spell_backward"), width=64, mlp=192, layers=2, steps=300, length=128, rows=8, size=5000
     ),
-    "tiny": dict(tasks=tuple(TASKS), width=128, mlp=384, layers=2, steps=800, length=256, rows=2, size=10000),
+    "tiny": dict(tasks=tuple(TASKS), width=192, mlp=640, layers=2, steps=2000, length=256, rows=8, size=10000),
     "100m": dict(
         tasks=("gsm_symbolic",), width=768, mlp=2304, layers=14, steps=20000, length=2048, rows=64, size=20000
     ),

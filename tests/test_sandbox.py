@@ -86,6 +86,8 @@ def test_hostile_program_ends_and_leaves_nothing(name, kind, place, request, mon
         request.getfixturevalue("fenced")
     else:
         monkeypatch.setattr(sandbox, "namespaces", lambda: ())
+    if name == "forks for ever" and os.getuid() == 0:
+        pytest.skip("no limit of processes binds root: it would take the machine down before it is ended")
     program, reason = HOSTILE[name]
     start = time.monotonic()
     outcome = sandbox.run(program, LIMITS)

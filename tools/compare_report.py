@@ -100,14 +100,17 @@ def chosen(members: Sequence[tuple[dict[str, Any], list[dict[str, Any]]]]) -> li
 
 
 def shown(value: tuple[float, float] | None, scale: float = 1.0, digits: int = 2) -> str:
-    return "" if value is None else f"{scale * value[0]:.{digits}f} ± {scale * value[1]:.{digits}f}"
+    """With its error where it has one: a single seed has none."""
+    if value is None:
+        return ""
+    return f"{scale * value[0]:.{digits}f}" + (f" ± {scale * value[1]:.{digits}f}" if value[1] else "")
 
 
 def table(rows: Sequence[dict[str, Any]]) -> str:
     """The figures as Markdown."""
     tasks = list(rows[0]["tasks"])
     head = ["method", "decoding", "threshold", "accuracy %", *tasks, "tokens per forward", "speed, batch 1"]
-    head += ["speed, batch 16", "area", "nats per token", "training s", "lr"]
+    head += ["speed, batch 16", "area", "nats per token", "training s", "lr", "seeds"]
     lines = []
     for row in rows:
         threshold = "" if row["threshold"] is None else f"{row['threshold']:g}"
@@ -120,6 +123,7 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
                 "≤ " * (row["bound"] and row["nats_per_token"] is not None) + shown(row["nats_per_token"], 1, 3),
                 f"{row['seconds'][0]:.0f}",
                 f"{row['lr']:g}",
+                str(row["seeds"]),
             ]
         )
     return markdown(head, lines)

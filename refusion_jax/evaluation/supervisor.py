@@ -27,8 +27,6 @@ def main() -> None:
     text = sys.stdin.buffer.read()
     libc = ctypes.CDLL(None, use_errno=True)
     libc.prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)  # what the program leaves alone becomes a child of this process
-    with contextlib.suppress(OSError):  # of root, whose programs may fork without end: gets to see it on a busy machine
-        os.sched_setscheduler(0, os.SCHED_RR | os.SCHED_RESET_ON_FORK, os.sched_param(1))
     if os.getpid() == 1:
         confine(libc, order["folder"], order["disk"])
     os.chdir(order["folder"])
@@ -37,6 +35,7 @@ def main() -> None:
     read, write = os.pipe()
     os.set_inheritable(write, True)
     errors = os.memfd_create("errors")  # not in the folder, which may be full when there is something to say
+    order["threads"] = threads_of_user()
     child = subprocess.Popen(
         [sys.executable, "-I", "program.py", str(write)],
         stdin=subprocess.DEVNULL,
@@ -83,10 +82,22 @@ def limit(order: dict) -> None:
         resource.RLIMIT_AS: order["memory"],
         resource.RLIMIT_FSIZE: order["disk"],
         resource.RLIMIT_NOFILE: 64,
+        # The kernel's own limit, for what forks faster than it can be watched; it does not bind root.
+        resource.RLIMIT_NPROC: order["threads"] + 4 * order["processes"],
         resource.RLIMIT_CORE: 0,
     }.items():
         resource.setrlimit(kind, (value, value))
     os.nice(10)  # whatever it does, the supervisor gets to see it
+
+
+def threads_of_user() -> int:
+    """Threads that this user has, of all programs."""
+    found = 0
+    for name in os.listdir("/proc"):
+        with contextlib.suppress(OSError):
+            if name.isdigit() and os.stat(f"/proc/{name}").st_uid == os.getuid():
+                found += len(os.listdir(f"/proc/{name}/task"))
+    return found
 
 
 def watch(child: subprocess.Popen, order: dict) -> str:
