@@ -97,7 +97,7 @@ def test_killed_at_any_time_it_ends_in_the_same_store(data, whole, tmp_path):
         time.sleep(0.05)
         for n, process in list(running.items()):
             begun = any(tmp_path.glob("*/plan.json"))  # not only while a worker starts
-            if kills < 20 and begun and chance.random() < 0.2:
+            if kills < 20 and begun and chance.random() < 0.5:
                 process.kill()
                 process.join()
                 kills += 1
