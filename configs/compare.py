@@ -51,7 +51,7 @@ SCALES = {
         tasks=("gsm_symbolic",), width=768, mlp=2304, layers=14, steps=20000, length=2048, rows=64, size=20000
     ),
 }
-FILLED = 16  # tokens of an answer that is filled up: the longest one has 15 and its end
+FILLED = 16  # tokens that an answer is filled up to a multiple of: the longest short one has 15 and its end
 
 
 def get_config(argument: str = "") -> ConfigDict:
@@ -94,7 +94,7 @@ def get_config(argument: str = "") -> ConfigDict:
                 train=[dict(source, stop=0.98) for source in sources],
                 evaluation=[dict(source, start=0.98) for source in sources],  # prompts that are never trained on
                 max_length=scale["length"],
-                response_multiple=1 if objective["kind"] in ("refusion", "autoregressive") else 16 if large else FILLED,
+                response_multiple=1 if objective["kind"] in ("refusion", "autoregressive") else FILLED,
             ),
             objective=objective,
             optimizer=dict(lr=arg.lr or (6e-4 if large else 3e-3), warmup_steps=steps // 20, b2=0.95),

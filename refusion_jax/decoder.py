@@ -13,7 +13,7 @@ import argparse
 import dataclasses
 import json
 import pathlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -336,8 +336,12 @@ def settings_of(arguments: argparse.Namespace, decoder: Decoder, **given: Any) -
     of_file = _settings_of_file(arguments) if "settings" in arguments else {}
     if "method" in given:
         of_file = {name: value for name, value in of_file.items() if name in names}
-    flags = {name: getattr(arguments, name) for name in names if getattr(arguments, name) is not None}
-    return decoder.settings(**of_file | flags | given)
+    return decoder.settings(**of_file | flags_given(arguments, names) | given)
+
+
+def flags_given(arguments: argparse.Namespace, names: Iterable[str]) -> dict[str, Any]:
+    """Of the sampler's flags with these names those that were given."""
+    return {name: getattr(arguments, name) for name in names if getattr(arguments, name) is not None}
 
 
 def _settings_of_file(arguments: argparse.Namespace) -> dict[str, Any]:

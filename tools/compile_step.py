@@ -37,7 +37,7 @@ from targets import compile_program, topology_devices
 from refusion_jax import step as steps_lib
 from refusion_jax.config import Config, add_config_arguments, parse_config
 from refusion_jax.data.tokenizers import load_tokenizer
-from refusion_jax.decoder import add_sampler_arguments
+from refusion_jax.decoder import add_sampler_arguments, flags_given
 from refusion_jax.errors import UserError, run_main
 from refusion_jax.metrics import flops
 from refusion_jax.model.config import ModelConfig
@@ -341,8 +341,7 @@ def main() -> None:
     where = arguments.topology if arguments.slices == 1 else f"{arguments.slices} slices of {arguments.topology}"
     if arguments.decode:
         method = arguments.method or "plan_and_infill"
-        names = [field.name for field in dataclasses.fields(METHODS[method])]
-        given = {name: getattr(arguments, name) for name in names if getattr(arguments, name) is not None}
+        given = flags_given(arguments, [field.name for field in dataclasses.fields(METHODS[method])])
         sampler = sampler_config(method, **given)
         lowered, work = decode_program(config, mesh, sampler, arguments.batch, arguments.prompt_length)
         settings = ", ".join([f"{arguments.batch} rows", method, *(f"{name} {given[name]}" for name in given)])

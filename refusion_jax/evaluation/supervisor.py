@@ -86,6 +86,8 @@ def limit(order: dict) -> None:
         resource.RLIMIT_NPROC: order["threads"] + 4 * order["processes"],
         resource.RLIMIT_CORE: 0,
     }.items():
+        hard = resource.getrlimit(kind)[1]
+        value = value if hard == resource.RLIM_INFINITY else min(value, hard)  # a limit that is lower already stays
         resource.setrlimit(kind, (value, value))
     os.nice(10)  # whatever it does, the supervisor gets to see it
 
