@@ -17,7 +17,7 @@ from refusion_jax.objective.methods import objective_settings
 # Byte-level; of each question only what differs. Sums are best written from the right, spelling in any order, sorting
 # and insertion from the left; a word ladder is its own worked steps, each one letter from the one before.
 SUM = (("min_terms", 2), ("max_terms", 2), ("min_digits", 1), ("max_digits", 2), ("query_pattern", r": (.*) ="))
-SPELL = (("min_word_len", 3), ("max_word_len", 5), ("query_pattern", r": (\w+)$"))
+SPELL = (("min_word_len", 4), ("max_word_len", 8), ("query_pattern", r": (\w+)$"))
 SORT = (
     ("min_numbers", 2),
     ("max_numbers", 2),
@@ -46,7 +46,7 @@ SCALES = {
     "quick": dict(
         tasks=("chain_sum", "spell_backward"), width=64, mlp=192, layers=2, steps=300, length=128, rows=8, size=5000
     ),
-    "tiny": dict(tasks=tuple(TASKS), width=192, mlp=640, layers=2, steps=2000, length=256, rows=8, size=10000),
+    "tiny": dict(tasks=tuple(TASKS), width=192, mlp=640, layers=2, steps=1200, length=128, rows=8, size=10000),
     "100m": dict(
         tasks=("gsm_symbolic",), width=768, mlp=2304, layers=14, steps=20000, length=2048, rows=64, size=20000
     ),

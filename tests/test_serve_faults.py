@@ -12,6 +12,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 import urllib.parse
 
@@ -85,6 +86,24 @@ def test_full_queue_is_refused_with_a_time_to_try_again(client, service, http_cl
     finally:
         service.device.max_waiting = before
     assert http_client.post("/v1/completions", json={"prompt": "x"}).status_code == 200
+
+
+def test_openai_client_tries_again_while_the_queue_is_full(address, service):
+    service.device.max_waiting, before = 0, service.device.max_waiting
+    patient = openai.OpenAI(base_url=f"{address}/v1", api_key="none", max_retries=5, timeout=120)
+    refused = threading.Event()
+
+    def note(response: httpx.Response) -> None:
+        if response.status_code == 429:
+            service.device.max_waiting = before  # room again
+            refused.set()
+
+    patient._client.event_hooks["response"] = [note]
+    try:
+        assert patient.completions.create(model="tiny", prompt="x").choices[0].finish_reason
+    finally:
+        service.device.max_waiting = before
+    assert refused.is_set()
 
 
 def test_deadline_ends_a_request(client, http_client, service):
@@ -359,11 +378,19 @@ def test_bad_start_ups_are_named_before_the_model_is_loaded(flags, message):
         (["--max-length", "4096"], "at most the model's 256"),
         (["--batch-size", "100000000"], "GiB more than are free"),
         (["--also", "guess"], "the method 'guess'"),
+        (["--also", "masked"], "cannot be decoded with the method masked"),
+        (["--method", "block"], "decode it with plan_and_infill"),
     ],
 )
 def test_settings_that_do_not_suit_the_model_are_named(decoder, flags, message):
     with pytest.raises(UserError, match=message):
         serve.service_of(decoder, serve.arguments_of(["--checkpoint", "x", *served.FLAGS, *flags]))
+
+
+def test_mesh_that_does_not_divide_is_named(tmp_path, repository):
+    served.write_checkpoint(tmp_path, repository)
+    with pytest.raises(UserError, match="tensor = 3 does not divide model.num_heads"):
+        serve.main(["--checkpoint", str(tmp_path), *served.FLAGS, "--mesh", "1,1,3"])
 
 
 def test_port_in_use_is_named():

@@ -2,7 +2,9 @@
 
     python tools/benchmark.py data rows --examples 100000000 --folder runs/synthetic
     python tools/benchmark.py data prepare --tokenizer DIR --file FILE.jsonl --processes 1,2
+    python tools/benchmark.py data hosts --tokenizer DIR --file FILE.jsonl --hosts 2 --delay 0.5
 
+`hosts` gives the rows of each batch to several hosts, processes without a model, and counts what each of them reads.
 `rows` draws the examples of a store that does not exist, about 330 tokens each, block by block. The table of its
 windows' rows is made first, as `refusion_jax.prepare` does; then a fresh process starts from it, as a run does.
 """
@@ -23,6 +25,8 @@ from etils import epath
 
 from refusion_jax.config import DataConfig, SourceConfig
 from refusion_jax.data import pipeline, shards
+from refusion_jax.data.store import Store
+from refusion_jax.data.tokenizers import load_tokenizer
 from refusion_jax.data.windows import Windows
 
 _WHO = resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN
@@ -132,6 +136,55 @@ def measure_prepare(arguments: argparse.Namespace) -> None:
             )
 
 
+def measure_hosts(arguments: argparse.Namespace) -> None:
+    from refusion_jax import prepare
+
+    with tempfile.TemporaryDirectory() as folder:
+        data = DataConfig(tokenizer=arguments.tokenizer, train=(SourceConfig("jsonl", arguments.file),))
+        prepare.prepare(data, folder, processes=os.cpu_count(), shard_bytes=arguments.shard_mib * 2**20)
+        with multiprocessing.get_context("spawn").Pool(arguments.hosts, maxtasksperchild=1) as pool:
+            found = pool.starmap(host, [(arguments, folder, number) for number in range(arguments.hosts)], 1)
+    for number, (steps, rows, read, size, seconds, longest) in enumerate(found):
+        print(
+            f"host {number} of {arguments.hosts}: {steps} steps, {rows} rows of {4 * rows * arguments.max_length:,} "
+            f"bytes; read {read:,} bytes of {size:,}, {read / steps:,.0f} a step; {seconds:.1f} s, "
+            f"of which it waited {longest:.2f} s at most for a batch after the first"
+        )
+
+
+def host(arguments: argparse.Namespace, folder: str, number: int) -> tuple[int, int, int, int, float, float]:
+    """An epoch of one host's rows: steps, rows, bytes read, bytes of the store, seconds, and the longest wait."""
+    count, read = arguments.batch_size // arguments.hosts, []
+    fetch = Store.read_tokens
+
+    def slow(store: Store, block: int) -> np.ndarray:
+        time.sleep(arguments.delay)
+        found = fetch(store, block)
+        read.append(found.nbytes)
+        return found
+
+    Store.read_tokens = slow
+    rows = pipeline.load_rows(
+        [SourceConfig("jsonl", arguments.file)],
+        load_tokenizer(arguments.tokenizer),
+        max_length=arguments.max_length,
+        cache_dir="",
+        store=folder,
+    )
+    steps, waits = rows.rows_per_epoch // arguments.batch_size, []
+    ours = range(number * count, (number + 1) * count)
+    found = pipeline.batches(rows, batch_size=arguments.batch_size, local_rows=ours)
+    begin = time.perf_counter()
+    for _ in range(steps):
+        asked = time.perf_counter()
+        next(found)
+        waits.append(time.perf_counter() - asked)
+        time.sleep(arguments.step)
+    seconds = time.perf_counter() - begin
+    size = sum(path.stat().st_size for path in pathlib.Path(folder).glob("*/shard-*.bin"))
+    return steps, steps * count, sum(read), size, seconds, max(waits[1:])
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     what = parser.add_subparsers(dest="what", required=True)
@@ -141,12 +194,19 @@ def main() -> None:
         rows.add_argument("--folder", default="runs/synthetic", help="where the table goes")
         rows.add_argument("--max-length", type=int, default=4096)
         rows.add_argument("--processes", type=int, default=os.cpu_count())
-    prepare = what.add_parser("prepare")
-    prepare.add_argument("--tokenizer", required=True)
-    prepare.add_argument("--file", required=True)
-    prepare.add_argument("--shard-mib", type=int, default=8)
+    prepare, hosts = what.add_parser("prepare"), what.add_parser("hosts")
+    for parser_of in (prepare, hosts):
+        parser_of.add_argument("--tokenizer", required=True)
+        parser_of.add_argument("--file", required=True)
+        parser_of.add_argument("--shard-mib", type=int, default=8)
+    hosts.add_argument("--hosts", type=int, default=2)
+    hosts.add_argument("--batch-size", type=int, default=32, help="rows of a step, of all hosts")
+    hosts.add_argument("--max-length", type=int, default=4096)
+    hosts.add_argument("--delay", type=float, default=0.0, metavar="SECONDS", help="that every read takes more")
+    hosts.add_argument("--step", type=float, default=0.0, metavar="SECONDS", help="that a step takes")
     prepare.add_argument(
         "--processes", dest="processes_list", default=[1, 2], type=lambda t: list(map(int, t.split(",")))
     )
     arguments = parser.parse_args()
-    {"rows": measure_rows, "start": start, "prepare": measure_prepare}[arguments.what](arguments)
+    commands = {"rows": measure_rows, "start": start, "prepare": measure_prepare, "hosts": measure_hosts}
+    commands[arguments.what](arguments)
