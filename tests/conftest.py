@@ -10,15 +10,14 @@ import sys
 
 import pytest
 from buckets import bucket, s3_bucket  # noqa: F401
+from processes import QUICK_TO_COMPILE
 
 # Before the first import of jax anywhere in the tests (pytest itself does not).
 ON_GPU = os.environ.get("REFUSION_TEST_PLATFORM", "cpu") == "gpu"
 if not ON_GPU:
-    # They compile more than they compute: not optimising halves their time.
     os.environ["JAX_PLATFORMS"] = "cpu"
-    os.environ["XLA_FLAGS"] = (
-        os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
-    )
+    flags = os.environ.get("XLA_FLAGS", ""), "--xla_force_host_platform_device_count=8", QUICK_TO_COMPILE
+    os.environ["XLA_FLAGS"] = " ".join(flags)
 # Commands that tests call keep no programs in the home of whoever runs them; a folder named from outside is used.
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", "")
 

@@ -1,5 +1,6 @@
 """Starts Python programs as one or several processes on virtual CPU devices, and waits for them with a limit."""
 
+import importlib.metadata
 import os
 import pathlib
 import re
@@ -7,6 +8,12 @@ import socket
 import subprocess
 import sys
 import time
+
+# XLA flags: programs of tests are compiled more often than they run. Without fusion emitters that takes half the time;
+# versions of XLA that no longer have the flag would end the process.
+QUICK_TO_COMPILE = "--xla_backend_optimization_level=0"
+if importlib.metadata.version("jaxlib").startswith("0.10."):
+    QUICK_TO_COMPILE += " --xla_cpu_use_fusion_emitters=false"
 
 
 def free_port() -> int:
@@ -26,7 +33,7 @@ def start(
             "JAX_PLATFORMS": "cpu",
             "JAX_NUM_CPU_DEVICES": str(devices),
             "PYTHONUNBUFFERED": "1",
-            "XLA_FLAGS": "--xla_backend_optimization_level=0",  # the programs are compiled more often than they run
+            "XLA_FLAGS": QUICK_TO_COMPILE,
         }
         if processes > 1:
             settings |= {

@@ -13,6 +13,7 @@ import sys
 import time
 
 import micro
+import processes
 import pytest
 import yaml
 from launching import LAUNCH, ROOT, bash, calls_of, dry_run
@@ -329,7 +330,7 @@ def test_notebook_runs_from_top_to_bottom(tmp_path, monkeypatch):
     """Cell after cell as IPython would, with a small run in place of the one in the settings; %pip is left out."""
     monkeypatch.chdir(ROOT)
     monkeypatch.setenv("PATH", f"{pathlib.Path(sys.executable).parent}:{os.environ['PATH']}")
-    monkeypatch.setenv("XLA_FLAGS", "--xla_backend_optimization_level=0")  # compiled once, hardly run
+    monkeypatch.setenv("XLA_FLAGS", processes.QUICK_TO_COMPILE)
     micro.write_examples(tmp_path / "data.json")
     settings = {
         "CONFIG": f"tests/micro.py:steps=6,data={tmp_path / 'data.json'}",

@@ -16,6 +16,7 @@ import chex
 import jax
 import micro
 import numpy as np
+import processes
 import pytest
 from jax.experimental.compilation_cache import compilation_cache
 
@@ -455,7 +456,7 @@ def test_command_trains_the_tiny_config(repository, tmp_path):
         tmp_path / "run",
         *settings,
     ]
-    environment = {**os.environ, "XLA_FLAGS": "--xla_backend_optimization_level=0"}
+    environment = {**os.environ, "XLA_FLAGS": processes.QUICK_TO_COMPILE}
     done = subprocess.run(
         list(map(str, command)), cwd=repository, env=environment, capture_output=True, text=True, timeout=300
     )
