@@ -16,6 +16,7 @@ import contextlib
 import dataclasses
 import functools
 import json
+import os
 import pathlib
 import sys
 import time
@@ -329,4 +330,6 @@ def pair_of(decoder: Decoder, document: Document) -> tuple[list[int], list[int]]
 
 
 if __name__ == "__main__":
+    if os.environ.get("PYTHONHASHSEED") != "0":  # word ladders depend on it, and must be the same in every process
+        os.execve(sys.executable, [sys.executable, *sys.argv], os.environ | {"PYTHONHASHSEED": "0"})
     run_main(main)
