@@ -6,10 +6,15 @@ import json
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
+from flax import linen as nn
 from ml_collections import ConfigDict
 
-from refusion_jax.config import model_settings, parse_arguments
+from refusion_jax.checkpoint import orbax
+from refusion_jax.config import Config, model_settings, parse_arguments
+from refusion_jax.data.tokenizers import load_tokenizer
 from refusion_jax.model.config import ModelConfig
+from refusion_jax.model.qwen3 import init_params
+from refusion_jax.step import TrainState
 
 
 def get_config(argument: str | None = None) -> ConfigDict:
@@ -56,6 +61,17 @@ def write_examples(path, count: int = 60) -> None:
         for i in range(count)
     ]
     path.write_text(json.dumps(examples))
+
+
+def save_run(folder, config: Config) -> None:
+    """Fills a run's folder: a checkpoint whose random weights are so large that the model is sure of what it says."""
+    params = nn.unbox(init_params(config.model, jax.random.key(3)))
+    params["embed"]["embedding"] *= 60
+    load_tokenizer("bytes").save(folder / "tokenizer")
+    meta = orbax.make_meta(config.model, step=1, tokenizer="bytes", config=json.loads(config.to_json()))
+    checkpoints = orbax.Checkpoints(folder)
+    checkpoints.save(TrainState(jax.numpy.int32(1), params, {}, {}), 0, meta)
+    checkpoints.close()
 
 
 def read_checkpoint(run, step: int) -> dict:

@@ -5,7 +5,6 @@ PYTEST_DONT_REWRITE: tests import it before pytest does.
 
 import contextlib
 import dataclasses
-import json
 import os
 import threading
 import time
@@ -13,21 +12,17 @@ from collections.abc import Iterator, Sequence
 
 import httpx2 as httpx
 import jax
+import micro
 import openai
 import pytest
-from flax import linen as nn
 from jax.experimental.compilation_cache import compilation_cache
 
 from refusion_jax import serve
-from refusion_jax.checkpoint import orbax
 from refusion_jax.config import load_config
-from refusion_jax.data.tokenizers import load_tokenizer
 from refusion_jax.decoder import Decoder
-from refusion_jax.model.qwen3 import init_params
 from refusion_jax.sampling import generate
 from refusion_jax.serving.app import Service
 from refusion_jax.serving.device import READY
-from refusion_jax.step import TrainState
 
 SETTINGS = {"gen_length": 16, "slot_size": 4, "slot_threshold": 0.5, "token_threshold": 0.3, "speculate": "off"}
 FLAGS = [
@@ -40,13 +35,7 @@ def write_checkpoint(folder, repository) -> None:
     """Fills a folder with a run of tests/micro.py."""
     config = load_config(f"{repository}/tests/micro.py:data={folder}/data.json")
     config = dataclasses.replace(config, model=dataclasses.replace(config.model, max_position_embeddings=256))
-    params = nn.unbox(init_params(config.model, jax.random.key(3)))
-    params["embed"]["embedding"] *= 60
-    load_tokenizer("bytes").save(folder / "tokenizer")
-    meta = orbax.make_meta(config.model, step=1, tokenizer="bytes", config=json.loads(config.to_json()))
-    checkpoints = orbax.Checkpoints(folder)
-    checkpoints.save(TrainState(jax.numpy.int32(1), params, {}, {}), 0, meta)
-    checkpoints.close()
+    micro.save_run(folder, config)
 
 
 def ready(decoder: Decoder, flags: Sequence[str] = FLAGS) -> Service:

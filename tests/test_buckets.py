@@ -8,10 +8,11 @@ import signal
 import sys
 import time
 
+import jobs
 import micro
 import numpy as np
 import pytest
-from processes import finish, start, wait_for
+from processes import finish, wait_for
 
 from refusion_jax import prepare, storage
 from refusion_jax.checkpoint import load, orbax
@@ -21,39 +22,25 @@ from refusion_jax.errors import UserError
 STEPS = 12
 
 
-class Job:
+class Job(jobs.Job):
     """Trains the micro config on one device with its data in the bucket, a checkpoint every second step."""
 
     def __init__(self, folder: pathlib.Path, bucket: str):
-        self.folder, self.bucket = folder, bucket
-        micro.write_examples(folder / "data.json")
+        super().__init__(folder, STEPS)
+        self.bucket = bucket
         config = from_config_dict(micro.get_config(f"data={folder / 'data.json'}"))
         prepare.prepare(config.data, f"{bucket}/data")
 
-    def start(self, name: str, workdir, *overrides: str):
-        logs = self.folder / name
-        logs.mkdir(exist_ok=True)
-        config = f"{pathlib.Path(micro.__file__)}:steps={STEPS},data={self.folder / 'data.json'}"
-        command = ["-m", "refusion_jax.train", "--config", config, "--workdir", workdir, *overrides]
-        command += [f"--config.data.store={self.bucket}/data", "--config.keep_last=99"]
-        cache = {
-            "JAX_COMPILATION_CACHE_DIR": str(self.folder / "compiled"),
-            "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-        }
-        (process,) = start(command, folder=logs, devices=1, **cache)
-        return process
-
-    def finish(self, name: str, process) -> str:
-        (code,), (output,) = finish([process], self.folder / name)
-        assert code == 0, output
-        return output
+    def start(self, name: str, *overrides: str, workdir: str = ""):
+        more = f"--config.data.store={self.bucket}/data", "--config.keep_last=99"
+        return super().start(name, *overrides, *more, workdir=workdir)
 
 
 @pytest.fixture(scope="module")
 def job(tmp_path_factory, bucket):
     """With a run "whole" on the disk, never interrupted."""
     job = Job(tmp_path_factory.mktemp("buckets"), bucket)
-    job.finish("whole", job.start("whole", job.folder / "whole" / "run"))
+    job.finish("whole", job.start("whole"))
     return job
 
 
@@ -63,7 +50,7 @@ def run(job):
     address, chance = f"{job.bucket}/run", random.Random(0)
     for _ in range(3):
         before = len(orbax.steps_in(address))
-        process = job.start("killed", address)
+        process = job.start("killed", workdir=address)
         wait_for(r"resumed from step|random weights", job.folder / "killed" / "0.log", process)
         end = time.monotonic() + 120
         while len(orbax.steps_in(address)) == before and process.poll() is None:
@@ -74,7 +61,7 @@ def run(job):
         process.wait()
         for step in orbax.steps_in(address):
             assert orbax.read_meta(address, step)["step"] == step
-    job.finish("killed", job.start("killed", address))
+    job.finish("killed", job.start("killed", workdir=address))
     return address
 
 
@@ -124,12 +111,12 @@ def test_what_reads_checkpoints_reads_them_there(job, run, repository, monkeypat
 
 
 def test_weights_to_start_from_may_be_in_a_bucket(job, run):
-    output = job.finish("begun", job.start("begun", f"{job.bucket}/begun", f"--config.init_from={run}"))
+    output = job.finish("begun", job.start("begun", f"--config.init_from={run}", workdir=f"{job.bucket}/begun"))
     assert f"weights from {run}" in output and orbax.steps_in(f"{job.bucket}/begun")[-1] == STEPS
 
 
 def test_a_bucket_that_is_not_there_is_named_before_the_data_are_read(job):
-    (code,), (output,) = finish([job.start("nobody", "gs://nobody/run")], job.folder / "nobody")
+    (code,), (output,) = finish([job.start("nobody", workdir="gs://nobody/run")], job.folder / "nobody")
     assert code == 2 and "Cannot write to gs://nobody/run" in " ".join(output.split())
     assert "tokenised" not in output and "compiled" not in output
     with pytest.raises(UserError, match="There is no folder 'gs://nobody/run'"):

@@ -2,17 +2,17 @@
 
 import concurrent.futures
 import json
-import pathlib
 import random
 import re
 import shutil
 import signal
 import time
 
+import jobs
 import micro
 import numpy as np
 import pytest
-from processes import finish, start, wait_for
+from processes import finish, wait_for
 
 from refusion_jax.checkpoint import orbax
 from refusion_jax.errors import UserError
@@ -20,29 +20,8 @@ from refusion_jax.errors import UserError
 STEPS = 60  # more than a chain of interruptions gets through
 
 
-class Job:
-    """Trains the micro config on one device, a checkpoint every second step."""
-
-    def __init__(self, folder: pathlib.Path):
-        self.folder = folder
-        micro.write_examples(folder / "data.json")
-
-    def start(self, name: str, *overrides: str):
-        logs = self.folder / name
-        logs.mkdir(exist_ok=True)
-        config = f"{pathlib.Path(micro.__file__)}:steps={STEPS},data={self.folder / 'data.json'}"
-        command = ["-m", "refusion_jax.train", "--config", config, "--workdir", logs / "run", *overrides]
-        cache = {
-            "JAX_COMPILATION_CACHE_DIR": str(self.folder / "compiled"),
-            "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-        }
-        (process,) = start(command, folder=logs, devices=1, **cache)
-        return process
-
-    def finish(self, name: str, process) -> str:
-        (code,), (output,) = finish([process], self.folder / name)
-        assert code == 0, output
-        return output
+class Job(jobs.Job):
+    """Whose measurements can be compared."""
 
     def history(self, name: str) -> dict:
         """{(kind, step): what was measured}, rates aside; no step may come twice. The last line may be cut off."""
@@ -60,7 +39,7 @@ class Job:
 @pytest.fixture(scope="module")
 def job(tmp_path_factory) -> Job:
     """The run "whole", never interrupted, all its checkpoints kept."""
-    job = Job(tmp_path_factory.mktemp("crash"))
+    job = Job(tmp_path_factory.mktemp("crash"), STEPS)
     job.finish("whole", job.start("whole", "--config.keep_last=99"))
     return job
 

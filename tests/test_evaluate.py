@@ -4,10 +4,9 @@ import dataclasses
 import json
 import re
 
-import jax
+import micro
 import numpy as np
 import pytest
-from flax import linen as nn
 
 pytest.importorskip("lm_eval")
 import lm_eval  # noqa: E402
@@ -16,16 +15,12 @@ from lm_eval.tasks import TaskManager  # noqa: E402
 
 from refusion_jax import decoder as decoder_lib  # noqa: E402
 from refusion_jax import evaluate  # noqa: E402
-from refusion_jax.checkpoint import orbax  # noqa: E402
 from refusion_jax.config import load_config  # noqa: E402
-from refusion_jax.data.tokenizers import load_tokenizer  # noqa: E402
 from refusion_jax.errors import UserError  # noqa: E402
 from refusion_jax.evaluation import documents, run, tasks  # noqa: E402
 from refusion_jax.evaluation.journal import Journal, Record  # noqa: E402
 from refusion_jax.evaluation.likelihood import log_likelihoods  # noqa: E402
 from refusion_jax.evaluation.model import DecoderLM  # noqa: E402
-from refusion_jax.model.qwen3 import init_params  # noqa: E402
-from refusion_jax.step import TrainState  # noqa: E402
 
 # The same for all tests, so that the programs are compiled once.
 SETTINGS = {"gen_length": 16, "slot_size": 4, "slot_threshold": 0.5, "token_threshold": 0.3, "speculate": "off"}
@@ -87,13 +82,7 @@ def checkpoint(repository, tmp_path_factory) -> str:
     data = dataclasses.replace(config.data, evaluation=(dataclasses.replace(config.data.evaluation[0], stop=1.0),))
     model = dataclasses.replace(config.model, max_position_embeddings=128)
     config = dataclasses.replace(config, model=model, data=data)
-    params = nn.unbox(init_params(config.model, jax.random.key(3)))
-    params["embed"]["embedding"] *= 60
-    load_tokenizer("bytes").save(folder / "tokenizer")
-    meta = orbax.make_meta(config.model, step=1, tokenizer="bytes", config=json.loads(config.to_json()))
-    checkpoints = orbax.Checkpoints(folder)
-    checkpoints.save(TrainState(jax.numpy.int32(1), params, {}, {}), 0, meta)
-    checkpoints.close()
+    micro.save_run(folder, config)
     return str(folder)
 
 

@@ -19,6 +19,8 @@ from refusion_jax.checkpoint import load  # noqa: E402
 from refusion_jax.data.tokenizers import load_tokenizer  # noqa: E402
 from refusion_jax.decoder import Decoder, parse_mesh  # noqa: E402
 from refusion_jax.errors import UserError  # noqa: E402
+from refusion_jax.evaluation import likelihood  # noqa: E402
+from refusion_jax.evaluation.journal import Journal  # noqa: E402
 from refusion_jax.evaluation.likelihood import log_likelihoods  # noqa: E402
 from refusion_jax.evaluation.model import DecoderLM  # noqa: E402
 from refusion_jax.model.attention import Packed  # noqa: E402
@@ -159,6 +161,33 @@ def test_model_object_works_in_the_stock_harness(reference):
         for sample in found:
             values = [value[0][0] for value in sample["resps"]]
             assert sample["acc"] == float(np.argmax(values) == 0) and values[0] != values[1]
+
+
+def test_likelihoods_are_kept_one_by_one(tmp_path, monkeypatch):
+    """A bound's draws are those of the text's number, whatever is computed again."""
+    decoder = dataclasses.replace(random_decoder(262), objective=Masked())
+    asked = [Instance("loglikelihood", {}, ("a", "xy"[: 1 + i % 2] * (1 + i)), i) for i in range(5)]
+
+    def likelihoods() -> list:
+        journal = Journal(tmp_path, "choose")
+        lm = DecoderLM(decoder, sampler_config("masked", gen_length=4), batch_size=64, journal=journal)
+        found = lm.loglikelihood(asked)
+        journal.close()
+        return found
+
+    whole, path = likelihoods(), tmp_path / "choose.0.jsonl"
+    lines = path.read_text().splitlines(keepends=True)
+    assert len(lines) == 5
+    path.write_text("".join(lines[:2]) + lines[2][:10])  # killed while the third was written
+    computed = []
+
+    def counted(*given, numbers):
+        computed.extend(numbers)
+        return log_likelihoods(*given, numbers=numbers)
+
+    monkeypatch.setattr(likelihood, "log_likelihoods", counted)
+    assert likelihoods() == whole and len(computed) == 3
+    assert likelihoods() == whole and len(computed) == 3
 
 
 def test_masked_models_have_the_bound_of_their_objective(tiny):

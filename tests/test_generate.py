@@ -8,22 +8,18 @@ import os
 import re
 import sys
 
-import jax
+import micro
 import pytest
-from flax import linen as nn
 
 from refusion_jax import decoder as decoder_lib
 from refusion_jax import display, generate
-from refusion_jax.checkpoint import orbax
 from refusion_jax.config import load_config
 from refusion_jax.data.tokenizers import load_tokenizer
 from refusion_jax.errors import UserError
-from refusion_jax.model.qwen3 import init_params
 from refusion_jax.objective.block import Block as BlockObjective
 from refusion_jax.objective.masked import Masked as MaskedObjective
 from refusion_jax.sampling import Generation, PlanAndInfillConfig
 from refusion_jax.sampling import generate as generate_ids
-from refusion_jax.step import TrainState
 
 QUERIES = ["sun", "moon and stars", "où", "four", "five"]
 # The same for all tests, so that the programs are compiled once.
@@ -52,13 +48,7 @@ def save_run(repository, folder, **settings) -> str:
     config = load_config(f"{repository}/tests/micro.py:data={folder}/data.json")
     model = dataclasses.replace(config.model, max_position_embeddings=128)
     config = dataclasses.replace(config, model=model, **settings)
-    params = nn.unbox(init_params(config.model, jax.random.key(3)))
-    params["embed"]["embedding"] *= 60
-    load_tokenizer("bytes").save(folder / "tokenizer")
-    meta = orbax.make_meta(config.model, step=1, tokenizer="bytes", config=json.loads(config.to_json()))
-    checkpoints = orbax.Checkpoints(folder)
-    checkpoints.save(TrainState(jax.numpy.int32(1), params, {}, {}), 0, meta)
-    checkpoints.close()
+    micro.save_run(folder, config)
     return str(folder)
 
 

@@ -9,12 +9,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import test_step
-from test_objective import KEY, MASK, MODEL, copies, example, pack
-from test_objective_masked import check_reference
+from test_objective import KEY, MASK, MODEL, copies
+from test_objective_masked import check_packed_equals_unpacked, check_reference, visible
 
 from refusion_jax.errors import UserError
 from refusion_jax.objective.block import METHODS, Block
-from refusion_jax.objective.common import Inputs, layout
+from refusion_jax.objective.common import Inputs
 from refusion_jax.settings import build
 
 SETTINGS = METHODS | {
@@ -45,9 +45,7 @@ def test_losses_and_gradients_equal_those_of_the_authors(
 
 def parts(inputs: Inputs, batch):
     """Per example id: what the model sees and must predict of both copies, and who sees whom."""
-    found, length = {}, batch.tokens.shape[1]
-    everywhere = jnp.arange(2 * length)
-    seen = np.asarray(inputs.context.visible(everywhere, everywhere))
+    found, length, seen = {}, batch.tokens.shape[1], visible(inputs)
     for r, e in zip(*np.nonzero(batch.lengths), strict=True):
         both = np.flatnonzero(np.asarray(inputs.context.segment_ids[r]) == e + 1)
         noisy = both[both < length]
@@ -63,23 +61,7 @@ def parts(inputs: Inputs, batch):
 
 @pytest.mark.parametrize("name", [*SETTINGS])
 def test_packed_equals_unpacked_in_any_order(name):
-    sizes = [(3, 17), (5, 1), (2, 14), (1, 12), (7, 4), (4, 11)]
-    examples = [example(100 + i, *size) for i, size in enumerate(sizes)]
-    layouts = [
-        pack([[e] for e in examples], length=44, examples=3),  # one to a row
-        pack([examples[:2], [], examples[2:4], examples[4:], [], []], length=44, examples=3),
-        pack([examples[5:], [], [], examples[3:5], examples[:3][::-1], []], length=44, examples=3),
-    ]
-    outputs = [corrupted(batch, SETTINGS[name]) for batch in layouts]
-    alone, *packed = (parts(inputs, batch) for inputs, batch in zip(outputs, layouts, strict=True))
-    for other in packed:
-        chex.assert_trees_all_close(other, alone, rtol=1e-6)
-    for inputs, batch in zip(outputs, layouts, strict=True):
-        np.testing.assert_allclose(inputs.terms["mdm"].denominator, outputs[0].terms["mdm"].denominator)
-        segments = np.tile(np.asarray(layout(batch).segment_ids), 2)
-        everywhere = jnp.arange(segments.shape[1])
-        crossing = segments[:, :, None] != segments[:, None, :]
-        assert not np.asarray(inputs.context.visible(everywhere, everywhere))[crossing].any()
+    check_packed_equals_unpacked(lambda batch: corrupted(batch, SETTINGS[name]), parts, streams=2)
 
 
 def test_a_noisy_block_sees_itself_and_the_clean_blocks_before():

@@ -37,7 +37,7 @@ def corrupted(batch, objective, step=0) -> Inputs:
 
 def visible(inputs: Inputs) -> np.ndarray:
     """[batch, length, length] bool (query, key)."""
-    everywhere = jnp.arange(inputs.tokens.shape[1])
+    everywhere = jnp.arange(inputs.context.segment_ids.shape[1])
     return np.asarray(inputs.context.visible(everywhere, everywhere))
 
 
@@ -110,8 +110,14 @@ def parts(inputs: Inputs, batch):
     return found
 
 
-@pytest.mark.parametrize("name", [*SETTINGS])
-def test_packed_equals_unpacked_in_any_order(name):
+def check_packed_equals_unpacked(corrupted, parts, streams: int = 1) -> None:
+    """Each example alone in a row, and several to a row in two orders: the same is seen and asked of it.
+
+    Args:
+      corrupted: what the model sees, of a packed batch.
+      parts: that and the batch taken apart, by example id.
+      streams: copies of a row that the model sees side by side.
+    """
     sizes = [(3, 17), (5, 1), (2, 14), (1, 12), (7, 4), (4, 11)]
     examples = [example(100 + i, *size) for i, size in enumerate(sizes)]
     layouts = [
@@ -119,15 +125,20 @@ def test_packed_equals_unpacked_in_any_order(name):
         pack([examples[:2], [], examples[2:4], examples[4:], [], []], length=44, examples=3),
         pack([examples[5:], [], [], examples[3:5], examples[:3][::-1], []], length=44, examples=3),
     ]
-    outputs = [corrupted(batch, SETTINGS[name]) for batch in layouts]
+    outputs = [corrupted(batch) for batch in layouts]
     alone, *packed = (parts(inputs, batch) for inputs, batch in zip(outputs, layouts, strict=True))
     for other in packed:
         chex.assert_trees_all_close(other, alone, rtol=1e-6)
     for inputs, batch in zip(outputs, layouts, strict=True):
         np.testing.assert_allclose(inputs.terms["mdm"].denominator, outputs[0].terms["mdm"].denominator)
-        segments = np.asarray(layout(batch).segment_ids)
+        segments = np.tile(np.asarray(layout(batch).segment_ids), streams)
         crossing = segments[:, :, None] != segments[:, None, :]
         assert not visible(inputs)[: len(segments)][crossing].any()
+
+
+@pytest.mark.parametrize("name", [*SETTINGS])
+def test_packed_equals_unpacked_in_any_order(name):
+    check_packed_equals_unpacked(lambda batch: corrupted(batch, SETTINGS[name]), parts)
 
 
 @pytest.mark.parametrize("name, shape", [("d3pm", (2, 2, 2)), ("annealed", (2, 1, 1))])

@@ -6,20 +6,15 @@ import json
 import pathlib
 import sys
 
-import jax
+import micro
 import pytest
-from flax import linen as nn
 
 from refusion_jax import decoder as decoder_lib
 from refusion_jax import generate, serve
-from refusion_jax.checkpoint import orbax
 from refusion_jax.config import load_config
-from refusion_jax.data.tokenizers import load_tokenizer
 from refusion_jax.errors import UserError
-from refusion_jax.model.qwen3 import init_params
 from refusion_jax.sampling import PlanAndInfillConfig
 from refusion_jax.sampling.programs import make_sampler, programs
-from refusion_jax.step import TrainState
 
 pytestmark = pytest.mark.usefixtures("quick_compiles")
 
@@ -41,13 +36,7 @@ def run(repository, tmp_path_factory) -> pathlib.Path:
     """The folder of a run with random weights; the responses of most of its data are what CONFIG makes of them."""
     folder = tmp_path_factory.mktemp("run")
     config = load_config(f"{repository}/tests/micro.py:data={folder}/data.json")
-    params = nn.unbox(init_params(config.model, jax.random.key(3)))
-    params["embed"]["embedding"] *= 60
-    load_tokenizer("bytes").save(folder / "tokenizer")
-    meta = orbax.make_meta(config.model, step=1, tokenizer="bytes", config=json.loads(config.to_json()))
-    checkpoints = orbax.Checkpoints(folder)
-    checkpoints.save(TrainState(jax.numpy.int32(1), params, {}, {}), 0, meta)
-    checkpoints.close()
+    micro.save_run(folder, config)
     decoder = decoder_lib.Decoder.load(str(folder))
     answers = list(decoder.stream(QUERIES, CONFIG))
     texts = {answer.generation.index: answer.text for answer in answers}

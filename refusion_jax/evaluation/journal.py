@@ -16,7 +16,7 @@ from refusion_jax.errors import UserError
 
 @dataclasses.dataclass(frozen=True)
 class Record:
-    """An answer to a prompt.
+    """An answer to a prompt, or how probable a given one is.
 
     Attributes:
       key: of the prompt (`model.key_of`) and which of its answers this is.
@@ -26,6 +26,7 @@ class Record:
       seconds: since the answer before, compilation left out; of one process they sum to its time.
       process: that decoded it.
       failure: why there is no answer; empty: there is one.
+      likelihood: log probability of a given answer; greedy: whether it is what greedy decoding would say.
     """
 
     key: str
@@ -35,6 +36,8 @@ class Record:
     seconds: float = 0.0
     process: int = 0
     failure: str = ""
+    likelihood: float = 0.0
+    greedy: bool = False
 
 
 class Journal:

@@ -60,17 +60,8 @@ class Rows:
     counted: Any
 
 
-def log_likelihoods(
-    decoder: Decoder, config: SamplerConfig, pairs: Sequence[Pair], batch_size: int = 8, samples: int = 128
-) -> list[tuple[float, bool]]:
-    """For each pair the log probability of the continuation, and whether every token of it is the most probable one.
-
-    Args:
-      samples: draws of a bound, rounded up to whole batches. With one, nobody knows what is most probable: False.
-
-    Raises:
-      UserError: the method of `config` has no likelihood, or a text is longer than the model's positions.
-    """
+def check(decoder: Decoder, config: SamplerConfig, pairs: Sequence[Pair]) -> None:
+    """Raises a UserError if the method of `config` has no likelihood, or a text is longer than the model allows."""
     bounded = isinstance(decoder.objective, bounds.Masked | bounds.Block | bounds.Sedd)
     if config.method not in EXACT and not bounded:
         raise UserError(
@@ -83,8 +74,28 @@ def log_likelihoods(
                 f"Text {index} has {len(context) + len(continuation)} tokens, more than the model's "
                 f"{decoder.model.max_position_embeddings} positions; shorten it."
             )
+
+
+def log_likelihoods(
+    decoder: Decoder,
+    config: SamplerConfig,
+    pairs: Sequence[Pair],
+    batch_size: int = 8,
+    samples: int = 128,
+    numbers: Sequence[int] | None = None,
+) -> list[tuple[float, bool]]:
+    """For each pair the log probability of the continuation, and whether every token of it is the most probable one.
+
+    Args:
+      samples: draws of a bound, rounded up to whole batches. With one, nobody knows what is most probable: False.
+      numbers: of the pairs, on which a bound's draws depend; default: 0, 1, 2, ..
+
+    Raises:
+      UserError: as `check`.
+    """
+    check(decoder, config, pairs)
     if config.method not in EXACT:
-        return _bounds(decoder, pairs, batch_size, samples)
+        return _bounds(decoder, pairs, batch_size, samples, numbers)
     slot = getattr(config, "slot_size", 0)
     shards = decoder.mesh.shape["data"] * decoder.mesh.shape["fsdp"]
     batch_size = -(-batch_size // shards) * shards
@@ -100,7 +111,9 @@ def log_likelihoods(
     return results
 
 
-def _bounds(decoder: Decoder, pairs: Sequence[Pair], batch_size: int, samples: int) -> list[tuple[float, bool]]:
+def _bounds(
+    decoder: Decoder, pairs: Sequence[Pair], batch_size: int, samples: int, numbers: Sequence[int] | None
+) -> list[tuple[float, bool]]:
     model = dataclasses.replace(decoder.model, remat="none", scan_layers=scans(decoder.mesh))
     prompts, answers = [context for context, _ in pairs], [continuation for _, continuation in pairs]
     found = bounds.log_likelihood(
@@ -112,6 +125,7 @@ def _bounds(decoder: Decoder, pairs: Sequence[Pair], batch_size: int, samples: i
         jax.random.key(0),
         samples=-(-samples // batch_size) * batch_size,
         batch_size=batch_size,
+        numbers=numbers,
     )
     return [(float(value), False) for value in found]
 

@@ -36,6 +36,7 @@ from refusion_jax.sampling.engine import PREFILL_TOKENS, Engine, Prompt
 
 CHAT = '{"messages": '  # how a context begins that `DecoderLM.apply_chat_template` made
 REPEAT_BITS = 20  # documents of a task have lower numbers; above them stands which of its answers a document gets
+PIECE = 8  # batches of likelihoods that are kept together
 EVERY = 16  # forwards between two looks at unfinished answers, for their stop strings
 
 
@@ -259,7 +260,25 @@ class DecoderLM(LM):
         return totals
 
     def _likelihoods(self, pairs: Sequence[likelihood.Pair]) -> list[tuple[float, bool]]:
-        return likelihood.log_likelihoods(self.decoder, self.config, pairs, self.batch_size)
+        """Kept and shared by processes as answers are."""
+        likelihood.check(self.decoder, self.config, pairs)
+        keys = [key_of(str(list(pair[0])), {"continuation": list(pair[1])}, i) for i, pair in enumerate(pairs)]
+        self.journal.agree()
+        missing = [i for i, key in enumerate(keys) if key not in self.journal]
+        share = sorted(missing[jax.process_index() :: jax.process_count()], key=lambda i: sum(map(len, pairs[i])))
+        done, step = len(keys) - len(missing), PIECE * self.batch_size
+        progress = Progress("likelihood", len(keys), enabled=jax.process_index() == 0)
+        for start in range(0, len(share), step):
+            chosen = share[start : start + step]
+            found = likelihood.log_likelihoods(
+                self.decoder, self.config, [pairs[i] for i in chosen], self.batch_size, numbers=chosen
+            )
+            for i, (value, greedy) in zip(chosen, found, strict=True):
+                self.journal.add(Record(keys[i], likelihood=value, greedy=greedy))
+            done += len(chosen) * jax.process_count()
+            progress.show(min(done, len(keys)), {})
+        self.journal.agree()
+        return [(self.journal[key].likelihood, self.journal[key].greedy) for key in keys]
 
 
 def key_of(context: str, settings: dict, index: int | None) -> str:

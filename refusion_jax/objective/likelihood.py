@@ -42,15 +42,17 @@ def log_likelihood(
     samples: int = 128,
     batch_size: int = 8,
     cfg_scale: float = 0.0,
+    numbers: Sequence[int] | None = None,
 ) -> np.ndarray:
     """Estimates of log p(answer | prompt), in nats, [answers] float64; no normalisation by length.
 
     Args:
       params: as `model.scan_layers` wants them.
-      key: an answer's draws are from it and the answer's index alone.
+      key: an answer's draws are from it and the answer's number alone.
       samples: corrupted copies of an answer, a multiple of batch_size; where there is nothing random, one is taken.
       cfg_scale: classifier-free guidance, of Masked's cross-entropy only: logits are those without the prompt, moved
         (1 + scale) times as far as the prompt moves them.
+      numbers: of the answers; default: 0, 1, 2, ..
 
     Raises:
       UserError: the objective has no bound, or samples, guidance and objective do not fit together.
@@ -64,7 +66,7 @@ def log_likelihood(
         rows, passes = (1, 1) if once else (batch_size, samples // batch_size)
         tokens = np.zeros((1, -(-(len(prompt) + len(answer)) // WIDTH) * WIDTH), np.int32)
         tokens[0, : len(prompt) + len(answer)] = [*prompt, *answer]
-        of_answer = jax.random.fold_in(key, index)
+        of_answer = jax.random.fold_in(key, index if numbers is None else numbers[index])
         lengths = np.int32(len(prompt)), np.int32(len(prompt) + len(answer))
         for i in range(passes):
             draw = jax.random.fold_in(of_answer, i)
