@@ -13,6 +13,7 @@ from refusion_jax.errors import UserError
 from refusion_jax.evaluation.report import markdown
 
 BOUND = 8.0  # tokens per forward up to which the area is taken
+MARKERS = "osD^v<>P*X"  # of ways to decode; methods have colours
 NOTES = """\
 Accuracy is the mean over tasks, and its error that of the mean over seeds. Tokens are those of the answers up to
 their end, forwards those of the loop and of the prompts. Speed is relative to the autoregressive model of the same
@@ -145,21 +146,27 @@ def curves(out: pathlib.Path, runs: Sequence[dict[str, Any]]) -> list[str]:
     }
     names = []
     for field, label in abscissae.items():
-        figure, axis = plt.subplots(figsize=(8, 5), layout="constrained")
-        grouped: dict[str, dict[Any, list[dict]]] = collections.defaultdict(lambda: collections.defaultdict(list))
+        figure, axis = plt.subplots(figsize=(9, 5), layout="constrained")
+        grouped: dict[tuple[str, str], dict[Any, list[dict]]] = collections.defaultdict(
+            lambda: collections.defaultdict(list)
+        )
         for run in runs:
             for point in run["points"]:
-                grouped[f"{run['method']}, {point['decoding']}"][point["threshold"]].append(point)
-        for index, (name, by_threshold) in enumerate(grouped.items()):
+                grouped[run["method"], point["decoding"]][point["threshold"]].append(point)
+        methods, decodings = (list(dict.fromkeys(name[i] for name in grouped)) for i in (0, 1))
+        for (method, decoding), by_threshold in grouped.items():
             means = [
                 (mean([p[field] for p in ps])[0], *mean([accuracy_of(p) for p in ps])) for ps in by_threshold.values()
             ]
             x, y, error = zip(*sorted(means))
-            style = dict(color=f"C{index % 10}", linestyle="-" if index < 10 else "--", marker="o", markersize=3)
-            axis.errorbar(x, [100 * v for v in y], yerr=[100 * v for v in error], label=name, **style)
+            marker = MARKERS[decodings.index(decoding) % len(MARKERS)]
+            style = dict(color=f"C{methods.index(method) % 10}", marker=marker, markersize=5, linewidth=1)
+            axis.errorbar(
+                x, [100 * v for v in y], yerr=[100 * v for v in error], label=f"{method}: {decoding}", **style
+            )
         axis.set(xlabel=label, ylabel="accuracy, %")
         axis.grid(alpha=0.3)
-        axis.legend(fontsize=7)
+        figure.legend(loc="outside right upper", fontsize=8)
         names.append(f"{field}.png")
         figure.savefig(out / names[-1], dpi=110)
         plt.close(figure)
