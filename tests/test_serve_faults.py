@@ -332,12 +332,13 @@ def test_sigterm_under_load_finishes_what_runs(compiled_once, repository, tmp_pa
     try:
         base = process.stdout.readline().split()[0]
         body = {"prompt": ["x" * 20] * 8, "n": 16, "max_tokens": 16, "method": "autoregressive"}
-        with httpx.Client(base_url=base, timeout=120) as client, concurrent.futures.ThreadPoolExecutor(1) as pool:
+        with httpx.Client(base_url=base, timeout=120) as client, concurrent.futures.ThreadPoolExecutor(2) as pool:
             end = time.monotonic() + 300
             while client.get("/health").status_code != 200:
                 assert time.monotonic() < end and process.poll() is None
                 time.sleep(0.2)
             load = pool.submit(client.post, "/v1/completions", json=body)
+            pool.submit(client.post, "/v1/completions", json=body)  # more, so that it is not over before it is looked at
             while not sample_values(client.get("/metrics").text)['vllm:num_requests_running{model_name="tiny"}']:
                 assert time.monotonic() < end
                 if load.done():  # too quick to be seen
