@@ -104,8 +104,10 @@ def test_killed_at_any_time_it_ends_in_the_same_store(data, whole, tmp_path):
                 running[n] = start(n)
             elif not process.is_alive():
                 assert process.exitcode == 0
-                del running[n]
-    assert kills == 20
+                if kills < 20:  # on a busy machine; it looks at what is there, and can be killed at that
+                    running[n] = start(n)
+                else:
+                    del running[n]
     made = {name: content for name, content in stores.contents(tmp_path).items() if not name.endswith(".part")}
     assert made == whole
 
