@@ -94,17 +94,19 @@ def prepare(
         raise UserError("there is no data source: config.data.train is empty. Put at least one source into it.")
     tokenizer = load_tokenizer(data.tokenizer)
     storage.check_writable(root, "--out")
-    complete = True
+    begun = []
     with tempfile.TemporaryDirectory() as notes, several(processes) as mapped:
-        for config in configs.values():
-            try:
-                folder, planned = begin(open_source(config), tokenizer, root, pathlib.Path(notes), shard_bytes, worker)
-                complete &= fill(config, data.tokenizer, folder, planned, worker, mapped)
-            except OSError as error:
-                raise UserError(
-                    f"The store in {out} cannot be written: {error.strerror or error}. What is finished is kept: make "
-                    "room, or mend the permissions, and start again."
-                ) from error
+        try:
+            for config in configs.values():
+                begun.append(begin(open_source(config), tokenizer, root, pathlib.Path(notes), shard_bytes, worker))
+                fill(config, data.tokenizer, *begun[-1], worker, mapped)
+            # Of all sources once more: who is the last one of one source need not be that of another.
+            complete = all([finish(folder, planned) for folder, planned in begun])
+        except OSError as error:
+            raise UserError(
+                f"The store in {out} cannot be written: {error.strerror or error}. What is finished is kept: make "
+                "room, or mend the permissions, and start again."
+            ) from error
         if complete:
             settings = dict(max_length=data.max_length, max_examples_per_row=data.max_examples_per_row)
             settings |= dict(response_multiple=data.response_multiple, cache_dir="", store=out, mapped=mapped)
@@ -133,19 +135,22 @@ def begin(
 
 def fill(
     config: SourceConfig, tokenizer: str, folder: epath.Path, planned: dict, worker: tuple[int, int], mapped: Callable
-) -> bool:
-    """Makes this worker's shards of a source, and the index if all others are there; whether it is."""
-    name = planned["source"]
+) -> None:
+    """Makes this worker's shards of a source."""
     mine = range(worker[0], len(planned["shards"]), worker[1])
-    progress = Progress(f"tokenising {name}: shard", len(mine))
+    progress = Progress(f"tokenising {planned['source']}: shard", len(mine))
     for done, _ in enumerate(mapped(functools.partial(_shard, config, tokenizer, planned["shards"], folder), mine), 1):
         progress.show(done)
-    store = preparation.write_index(folder, planned)
+
+
+def finish(folder: epath.Path, planned: dict) -> bool:
+    """Makes a source's index if the shards of all workers are there; whether they are."""
+    store, name = preparation.write_index(folder, planned), planned["source"]
     if store is None:
-        progress.say(f"{name}: this worker's {len(mine)} shards are finished, some of other workers are not")
+        print(f"{name}: this worker's shards are finished, some of other workers are not", file=sys.stderr)
         return False
     preparation.remove_parts(folder, "shard-*")
-    progress.say(f"{name}: {len(store):,} examples, {store.num_tokens:,} tokens in {folder}")
+    print(f"{name}: {len(store):,} examples, {store.num_tokens:,} tokens in {folder}", file=sys.stderr)
     return True
 
 

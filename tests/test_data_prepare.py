@@ -65,6 +65,21 @@ def test_the_store_does_not_depend_on_who_makes_it(workers, processes, data, who
     assert stores.contents(tmp_path) == whole
 
 
+def test_workers_that_are_last_of_different_sources_finish_the_store(data, whole, tmp_path, monkeypatch):
+    """The first one ends the first source before the second has begun it, and the second source after it."""
+    fill, begun, done = prepare_lib.fill, [], []
+
+    def filled(config, *rest):
+        if config.kind == "text" and not begun:
+            begun.append(config)
+            done.append(prepare_lib.prepare(data, tmp_path, worker=(1, 2), shard_bytes=SHARD))
+        fill(config, *rest)
+
+    monkeypatch.setattr(prepare_lib, "fill", filled)
+    assert prepare_lib.prepare(data, tmp_path, worker=(0, 2), shard_bytes=SHARD) and done == [False]
+    assert stores.contents(tmp_path) == whole
+
+
 def test_again_nothing_is_made_and_damage_is_mended(data, whole, tmp_path, monkeypatch):
     prepare_lib.prepare(data, tmp_path, shard_bytes=SHARD)
     made = []

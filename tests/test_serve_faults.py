@@ -338,9 +338,7 @@ def test_sigterm_under_load_finishes_what_runs(compiled_once, repository, tmp_pa
                 assert time.monotonic() < end and process.poll() is None
                 time.sleep(0.2)
             load = pool.submit(client.post, "/v1/completions", json=body)
-            pool.submit(
-                client.post, "/v1/completions", json=body
-            )  # more, so that it is not over before it is looked at
+            pool.submit(client.post, "/v1/completions", json=body)  # so that it is not over too soon
             while not sample_values(client.get("/metrics").text)['vllm:num_requests_running{model_name="tiny"}']:
                 assert time.monotonic() < end
                 if load.done():  # too quick to be seen
