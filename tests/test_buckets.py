@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from processes import finish, wait_for
 
-from refusion_jax import prepare, storage
+from refusion_jax import generate, prepare, storage
 from refusion_jax.checkpoint import load, orbax
 from refusion_jax.config import from_config_dict
 from refusion_jax.errors import UserError
@@ -108,6 +108,10 @@ def test_what_reads_checkpoints_reads_them_there(job, run, repository, monkeypat
         runpy.run_path(str(repository / "tools" / f"{tool}.py"))["main"]()
     assert f"shown is step {STEPS}" in capsys.readouterr().out
     assert storage.read(storage.as_path(picture)).startswith(b"\x89PNG")
+    for checkpoint in (run, str(here)):
+        generate.main(["--checkpoint", checkpoint, "--prompt", "1 and 7", "--gen-length", "8", "--slot-size", "4"])
+    said = capsys.readouterr().out.splitlines()
+    assert said and said[: len(said) // 2] == said[len(said) // 2 :]
 
 
 def test_weights_to_start_from_may_be_in_a_bucket(job, run):
