@@ -43,8 +43,8 @@ class Service:
     keys: Sequence[str] = ()
     timeout: float = 600.0
     log_prompts: bool = False
-    draining: bool = False
-    active: int = 0
+    draining: bool = dataclasses.field(default=False, init=False)
+    active: int = dataclasses.field(default=0, init=False)
 
     # ------------------------------------------------------------------ completions
 
