@@ -94,9 +94,11 @@ class Journal:
         self._new = []
 
     def rates(self) -> dict[str, float]:
-        """What is known so far, for a progress line."""
+        """What is known so far, for a progress line; nothing where nothing was written."""
         tokens, forwards, seconds = totals(self)
-        return {"tokens/s": tokens / max(seconds, 1e-9), "tokens/forward": tokens / max(forwards, 1)}
+        if not forwards:
+            return {}
+        return {"tokens/s": tokens / max(seconds, 1e-9), "tokens/forward": tokens / forwards}
 
     def close(self) -> None:
         if self._file:

@@ -17,7 +17,7 @@ import dataclasses
 import hashlib
 import json
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import jax
 from lm_eval import utils
@@ -143,19 +143,28 @@ class DecoderLM(LM):
             key = key_of(context, settings, request.doc_id)
             wanted.append(self._request(f"{key}-{seen[key]}", context, settings, request.doc_id or 0, seen[key]))
             seen[key] += 1
+        return self._kept(
+            "answer", [request.key for request in wanted], lambda share: self.answers([wanted[i] for i in share])
+        )
+
+    def _kept(self, what: str, keys: Sequence[str], compute: Callable[[list[int]], Iterator[Record]]) -> list[Record]:
+        """The records of keys: from the journal, and of those that are not there each process computes a share.
+
+        Args:
+          compute: gives, for places in `keys`, their records as they are there.
+        """
         self.journal.agree()
-        missing = [request for request in wanted if request.key not in self.journal]
-        share = missing[jax.process_index() :: jax.process_count()]
-        done = len(wanted) - len(missing)
-        progress = Progress("answer", len(wanted), enabled=jax.process_index() == 0)
+        missing = [i for i, key in enumerate(keys) if key not in self.journal]
+        done = len(keys) - len(missing)
+        progress = Progress(what, len(keys), enabled=jax.process_index() == 0)
         last = time.perf_counter()
-        for record in self.answers(share):
+        for record in compute(missing[jax.process_index() :: jax.process_count()]):
             last, before = time.perf_counter(), last
             self.journal.add(dataclasses.replace(record, seconds=max(0.0, last - before - Compiling.since(before))))
             done += jax.process_count()
-            progress.show(min(done, len(wanted)), self.journal.rates())
+            progress.show(min(done, len(keys)), self.journal.rates())
         self.journal.agree()
-        return [self.journal[request.key] for request in wanted]
+        return [self.journal[key] for key in keys]
 
     def _request(self, key: str, context: str, settings: dict, index: int, repeat: int) -> Request:
         config = self.config
@@ -260,25 +269,20 @@ class DecoderLM(LM):
         return totals
 
     def _likelihoods(self, pairs: Sequence[likelihood.Pair]) -> list[tuple[float, bool]]:
-        """Kept and shared by processes as answers are."""
+        """Kept and shared by processes as answers are, a few batches at a time."""
         likelihood.check(self.decoder, self.config, pairs)
-        keys = [key_of(str(list(pair[0])), {"continuation": list(pair[1])}, i) for i, pair in enumerate(pairs)]
-        self.journal.agree()
-        missing = [i for i, key in enumerate(keys) if key not in self.journal]
-        share = sorted(missing[jax.process_index() :: jax.process_count()], key=lambda i: sum(map(len, pairs[i])))
-        done, step = len(keys) - len(missing), PIECE * self.batch_size
-        progress = Progress("likelihood", len(keys), enabled=jax.process_index() == 0)
-        for start in range(0, len(share), step):
-            chosen = share[start : start + step]
-            found = likelihood.log_likelihoods(
-                self.decoder, self.config, [pairs[i] for i in chosen], self.batch_size, numbers=chosen
-            )
-            for i, (value, greedy) in zip(chosen, found, strict=True):
-                self.journal.add(Record(keys[i], likelihood=value, greedy=greedy))
-            done += len(chosen) * jax.process_count()
-            progress.show(min(done, len(keys)), {})
-        self.journal.agree()
-        return [(self.journal[key].likelihood, self.journal[key].greedy) for key in keys]
+        keys = [key_of("", {"pair": pair}, number) for number, pair in enumerate(pairs)]
+
+        def compute(share: list[int]) -> Iterator[Record]:
+            share = sorted(share, key=lambda i: sum(map(len, pairs[i])))
+            for start in range(0, len(share), PIECE * self.batch_size):
+                numbers = share[start : start + PIECE * self.batch_size]
+                chosen = [pairs[i] for i in numbers]
+                found = likelihood.log_likelihoods(self.decoder, self.config, chosen, self.batch_size, numbers=numbers)
+                for i, (value, greedy) in zip(numbers, found, strict=True):
+                    yield Record(keys[i], likelihood=value, greedy=greedy)
+
+        return [(record.likelihood, record.greedy) for record in self._kept("likelihood", keys, compute)]
 
 
 def key_of(context: str, settings: dict, index: int | None) -> str:
