@@ -141,13 +141,14 @@ def fill(
     progress = Progress(f"tokenising {planned['source']}: shard", len(mine))
     for done, _ in enumerate(mapped(functools.partial(_shard, config, tokenizer, planned["shards"], folder), mine), 1):
         progress.show(done)
+    progress.say(f"{planned['source']}: this worker's {len(mine)} shards are finished")
 
 
 def finish(folder: epath.Path, planned: dict) -> bool:
     """Makes a source's index if the shards of all workers are there; whether they are."""
     store, name = preparation.write_index(folder, planned), planned["source"]
     if store is None:
-        print(f"{name}: this worker's shards are finished, some of other workers are not", file=sys.stderr)
+        print(f"{name}: some shards of other workers are not finished", file=sys.stderr)
         return False
     preparation.remove_parts(folder, "shard-*")
     print(f"{name}: {len(store):,} examples, {store.num_tokens:,} tokens in {folder}", file=sys.stderr)
