@@ -80,11 +80,12 @@ def _rows_forward(causal, context, q, k, v):
         row, q, k, v = row
 
         def add(state, i, j, mask):
-            top, total, out = state  # [K, G, T], the same, [K, G, T, H]
+            top, total, out = state  # [K, G * T], the same, [K, G * T, H]
+            mask = jnp.tile(mask, (groups, 1))
             scores = jnp.where(mask, _scores(q[i], k[j]), LOWEST)
             new_top = jnp.maximum(top, scores.max(axis=-1))
             weights, old = jnp.where(mask, jnp.exp(scores - new_top[..., None]), 0.0), jnp.exp(top - new_top)
-            part = _product("KGTS,KSH->KGTH", weights.astype(v.dtype), v[j])
+            part = _product("KMS,KSH->KMH", weights.astype(v.dtype), v[j])
             return new_top, total * old + weights.sum(axis=-1), out * old[..., None] + part
 
         start = jnp.full(q.shape[:-1], LOWEST), jnp.zeros(q.shape[:-1]), jnp.zeros(q.shape)
@@ -94,7 +95,8 @@ def _rows_forward(causal, context, q, k, v):
 
     batch, length, heads = q.shape[:3]
     kv_heads = k.shape[2]
-    parts = _split(q, kv_heads, heads // kv_heads), _split(k, kv_heads), _split(v, kv_heads)
+    groups = heads // kv_heads
+    parts = _split(q, kv_heads), _split(k, kv_heads), _split(v, kv_heads)
     out, normaliser = jax.lax.map(one_row, (jnp.arange(batch), *parts))
     # Both are kept where a remat policy keeps "attended", so that the backward pass does not run this again.
     out, normaliser = checkpoint_name(_join(out, q), "attended"), checkpoint_name(normaliser, "attended")
@@ -104,17 +106,18 @@ def _rows_forward(causal, context, q, k, v):
 def _rows_backward(causal, residuals, slope):
     def one_row(row):
         row, q, k, v, out, slope, normaliser = row
-        dot = jnp.sum(slope.astype(jnp.float32) * out.astype(jnp.float32), axis=-1)  # [block, K, G, T]
+        dot = jnp.sum(slope.astype(jnp.float32) * out.astype(jnp.float32), axis=-1)  # [block, K, G * T]
 
         def add(state, i, j, mask):
-            d_q, d_k, d_v = state  # [K, G, T, H], [K, S, H], [K, S, H]
+            d_q, d_k, d_v = state  # [K, G * T, H], [K, S, H], [K, S, H]
+            mask = jnp.tile(mask, (groups, 1))
             weights = jnp.where(mask, jnp.exp(_scores(q[i], k[j]) - normaliser[i][..., None]), 0.0)
-            d_weights = _product("KGTH,KSH->KGTS", slope[i], v[j]) - dot[i][..., None]
+            d_weights = _product("KMH,KSH->KMS", slope[i], v[j]) - dot[i][..., None]
             d_scores = (weights * d_weights * q.shape[-1] ** -0.5).astype(q.dtype)
             return (
-                d_q + _product("KGTS,KSH->KGTH", d_scores, k[j]),
-                d_k + _product("KGTS,KGTH->KSH", d_scores, q[i]),
-                d_v + _product("KGTS,KGTH->KSH", weights.astype(v.dtype), slope[i]),
+                d_q + _product("KMS,KSH->KMH", d_scores, k[j]),
+                d_k + _product("KMS,KMH->KSH", d_scores, q[i]),
+                d_v + _product("KMS,KMH->KSH", weights.astype(v.dtype), slope[i]),
             )
 
         start = jnp.zeros(q.shape), jnp.zeros(k.shape), jnp.zeros(k.shape)
@@ -123,9 +126,8 @@ def _rows_backward(causal, residuals, slope):
     context, q, k, v, out, normaliser = residuals
     batch, length, heads = q.shape[:3]
     kv_heads = k.shape[2]
-    queries = [_split(x, kv_heads, heads // kv_heads) for x in (q, out, slope)]
-    keys = [_split(x, kv_heads) for x in (k, v)]
-    parts = jnp.arange(batch), queries[0], *keys, *queries[1:], normaliser
+    groups = heads // kv_heads
+    parts = jnp.arange(batch), *(_split(x, kv_heads) for x in (q, k, v, out, slope)), normaliser
     found = jax.lax.map(one_row, parts)
     return None, *(_join(x, like) for x, like in zip(found, (q, k, v), strict=True))
 
@@ -135,22 +137,26 @@ _product = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
 
 
 def _scores(q: jax.Array, k: jax.Array) -> jax.Array:
-    """[K, G, T, H], [K, S, H] -> [K, G, T, S] float32."""
-    return _product("KGTH,KSH->KGTS", q, k) * q.shape[-1] ** -0.5
+    """[K, G * T, H], [K, S, H] -> [K, G * T, S] float32."""
+    return _product("KMH,KSH->KMS", q, k) * q.shape[-1] ** -0.5
 
 
-def _split(x: jax.Array, *groups: int) -> jax.Array:
-    """[batch, length, heads, head_dim] -> [batch, block, *groups, BLOCK, head_dim], padded to whole blocks."""
-    batch, length, _, dim = x.shape
+def _split(x: jax.Array, kv_heads: int) -> jax.Array:
+    """[batch, length, heads, head_dim] -> [batch, block, K, G * BLOCK, head_dim], padded to whole blocks; the G heads
+    of a kv head one after another.
+    """
+    batch, length, heads, dim = x.shape
     count = -(-length // BLOCK)
     x = jnp.pad(x, ((0, 0), (0, count * BLOCK - length), (0, 0), (0, 0)))
-    return jnp.moveaxis(x.reshape(batch, count, BLOCK, *groups, dim), 2, -2)
+    x = x.reshape(batch, count, BLOCK, kv_heads, heads // kv_heads, dim)
+    return jnp.moveaxis(x, 2, 4).reshape(batch, count, kv_heads, -1, dim)
 
 
 def _join(x: jax.Array, like: jax.Array) -> jax.Array:
     """The reverse of `_split`, to the shape of `like`."""
     batch, length, heads, dim = like.shape
-    return jnp.moveaxis(x, -2, 2).reshape(batch, -1, heads, dim)[:, :length]
+    x = x.reshape(*x.shape[:3], -1, BLOCK, dim)
+    return jnp.moveaxis(x, 4, 2).reshape(batch, -1, heads, dim)[:, :length]
 
 
 def _over_pairs(

@@ -10,7 +10,7 @@ from refusion_jax.model.cache import KVCache
 from refusion_jax.model.layers import devices_over
 
 SCORE_BYTES = 2**28  # of float32 scores that one device holds at a time
-PREFILL_PART = 1024  # entries of the cache that a prefill reads at a time
+PREFILL_PART = 256
 
 
 @struct.dataclass
@@ -83,24 +83,36 @@ class Cached:
         return in_parts(q, cache, self.layer, self.seen, parts, turns), after
 
 
-def grouped(q: jax.Array, kv_heads: int) -> jax.Array:
-    """[B, T, N, H] -> [B, T, K, G, H]: each kv head serves the G query heads of its group."""
-    return q.reshape(*q.shape[:2], kv_heads, q.shape[2] // kv_heads, q.shape[3])
+def by_kv_head(q: jax.Array, kv_heads: int) -> jax.Array:
+    """[B, T, N, H] -> [B, K, G * T, H]: the queries of the G heads that a kv head serves, one head after another."""
+    batch, length, heads, dim = q.shape
+    parts = q.reshape(batch, length, kv_heads, heads // kv_heads, dim)
+    return jnp.einsum("BTKGH->BKGTH", parts).reshape(batch, kv_heads, -1, dim)
 
 
-def masked_scores(q: jax.Array, keys: jax.Array, seen: jax.Array) -> jax.Array:
-    """float32 scores [B, K, G, T, S] of grouped queries on keys [B, K, S, H]; the lowest number where a query does
-    not see.
+def by_token(out: jax.Array, length: int) -> jax.Array:
+    """[B, K, G * T, H] -> [B, T, N, H], the reverse."""
+    batch, kv_heads, _, dim = out.shape
+    parts = out.reshape(batch, kv_heads, -1, length, dim)
+    return jnp.einsum("BKGTH->BTKGH", parts).reshape(batch, length, -1, dim)
+
+
+def masked_scores(queries: jax.Array, keys: jax.Array, seen: jax.Array) -> jax.Array:
+    """float32 scores [B, K, G * T, S] of queries [B, K, G * T, H] on keys [B, K, S, H]; the lowest number where a query
+    does not see. `seen` is [B, T, S].
     """
-    scores = jnp.einsum("BTKGH,BKSH->BKGTS", q, keys.astype(q.dtype), preferred_element_type=jnp.float32)
-    return jnp.where(seen[:, None, None], scores * keys.shape[-1] ** -0.5, jnp.finfo(jnp.float32).min)
+    scores = jnp.einsum("BKMH,BKSH->BKMS", queries, keys.astype(queries.dtype), preferred_element_type=jnp.float32)
+    of_heads = scores.reshape(*scores.shape[:2], -1, *seen.shape[1:])
+    of_heads = jnp.where(seen[:, None, None], of_heads * keys.shape[-1] ** -0.5, jnp.finfo(jnp.float32).min)
+    return of_heads.reshape(scores.shape)
 
 
 def whole(q: jax.Array, cache: KVCache, layer: jax.Array | int, seen: jax.Array) -> jax.Array:
     """Attention [B, T, N, H] with all scores at once."""
     keys, values = cache.read(layer, 0, cache.cache_length)
-    weights = jax.nn.softmax(masked_scores(grouped(q, keys.shape[1]), keys, seen), axis=-1).astype(q.dtype)
-    return jnp.einsum("BKGTS,BKSH->BTKGH", weights, values.astype(q.dtype)).reshape(q.shape)
+    scores = masked_scores(by_kv_head(q, keys.shape[1]), keys, seen)
+    weights = jax.nn.softmax(scores, axis=-1).astype(q.dtype)
+    return by_token(jnp.einsum("BKMS,BKSH->BKMH", weights, values.astype(q.dtype)), q.shape[1])
 
 
 def in_parts(
@@ -110,25 +122,24 @@ def in_parts(
     values. Only the first `turns` parts are read; None: all.
     """
     size = -(-cache.cache_length // parts)
-    queries = grouped(q, jax.tree.leaves(cache.k)[0].shape[-3])
+    queries = by_kv_head(q, jax.tree.leaves(cache.k)[0].shape[-3])
 
     def add(i, carry):
-        top, total, out = carry  # [B, K, G, T], the same, [B, K, G, T, H]
+        top, total, out = carry  # [B, K, G * T], the same, [B, K, G * T, H]
         first = jnp.minimum(i * size, cache.cache_length - size)  # the last part may overlap the one before
         keys, values = cache.read(layer, first, size)
         here = jax.lax.dynamic_slice_in_dim(seen, first, size, axis=2) & (first + jnp.arange(size) >= i * size)
         scores = masked_scores(queries, keys, here)
         new_top = jnp.maximum(top, scores.max(axis=-1))
-        # What is not seen weighs nothing, also as long as a query has seen nothing at all.
-        weights = jnp.where(here[:, None, None], jnp.exp(scores - new_top[..., None]), 0.0)
-        old = jnp.exp(top - new_top)
+        # As long as a query has seen nothing its weights are 1; what it sees first multiplies them by 0.
+        weights, old = jnp.exp(scores - new_top[..., None]), jnp.exp(top - new_top)
         part = jnp.einsum(
-            "BKGTS,BKSH->BKGTH", weights.astype(q.dtype), values.astype(q.dtype), preferred_element_type=jnp.float32
+            "BKMS,BKSH->BKMH", weights.astype(q.dtype), values.astype(q.dtype), preferred_element_type=jnp.float32
         )
         return new_top, total * old + weights.sum(axis=-1), out * old[..., None] + part
 
-    shape = (q.shape[0], queries.shape[2], queries.shape[3], *q.shape[1::2])
+    shape = queries.shape
     start = jnp.full(shape[:-1], jnp.finfo(jnp.float32).min), jnp.zeros(shape[:-1]), jnp.zeros(shape)
     _, total, out = jax.lax.fori_loop(0, parts if turns is None else turns, add, start)
-    out = (out / jnp.where(total > 0, total, 1.0)[..., None]).astype(q.dtype)
-    return jnp.einsum("BKGTH->BTKGH", out).reshape(q.shape)
+    # Nothing was added up where no part was read: padding.
+    return by_token((out / jnp.where(total > 0, total, 1.0)[..., None]).astype(q.dtype), q.shape[1])

@@ -41,6 +41,14 @@ def weight(
     return module.param(name, nn.with_logical_partitioning(nn.initializers.zeros, axes), shape, jnp.int8)
 
 
+def matmul(x: jax.Array, w: jax.Array) -> jax.Array:
+    """x [..., D] times w [D, ...], in x's dtype. All tokens are one axis: with more, XLA transposes the gradients that
+    the gradient of w is made of, which takes as long as half the products on a CPU.
+    """
+    flat = jnp.tensordot(x.reshape(-1, x.shape[-1]), w.astype(x.dtype), 1)
+    return flat.reshape(*x.shape[:-1], *w.shape[1:])
+
+
 def scaled(y: jax.Array, scale: jax.Array) -> jax.Array:
     """y with its last axes multiplied by `scale`, in y's dtype; the product in float32."""
     return (y * scale).astype(y.dtype)
@@ -133,7 +141,7 @@ class Attention(nn.Module):
         key_norm = self.param("key_norm", ones, (h,), jnp.float32)
 
         def project(name, w):
-            return projected(self, name, x, jnp.einsum("BTD,DNH->BTNH", x, w.astype(x.dtype)))
+            return projected(self, name, x, matmul(x, w))
 
         q = rotate(rms_norm(project("query", query), query_norm, c.rms_norm_eps), angles)
         keys = rotate(rms_norm(project("key", key), key_norm, c.rms_norm_eps), angles)
@@ -143,7 +151,7 @@ class Attention(nn.Module):
         q, keys, values = (checkpoint_name(a, "qkv") for a in (q, keys, values))
         out, context = context.attend(q, keys, values)
         # One contracted axis: over two, XLA may copy the matrix of every layer to bring it into the order of `out`.
-        flat = out.reshape(*out.shape[:2], n * h) @ output.astype(x.dtype).reshape(n * h, d)
+        flat = matmul(out.reshape(*out.shape[:2], n * h), output.reshape(n * h, d))
         return projected(self, "output", out, flat, inputs=2), context
 
 
@@ -160,9 +168,11 @@ class SwiGLU(nn.Module):
         down = weight(self, "down", ("mlp", "embed"), (f, d), f)
 
         def project(name, x, w):
-            return projected(self, name, x, x @ w.astype(x.dtype))
+            return projected(self, name, x, matmul(x, w))
 
-        inner = nn.silu(project("gate", x, gate)) * project("up", x, up)
+        # Elementwise, so cheaper to compute again than to keep.
+        gated = jax.checkpoint(lambda gate, up: nn.silu(gate) * up, prevent_cse=False)
+        inner = gated(project("gate", x, gate), project("up", x, up))
         inner = nn.with_logical_constraint(inner, ("batch", "length", "mlp"))
         return project("down", inner, down)
 
