@@ -1,6 +1,7 @@
 """Batches, refilling, streams, sampling, meshes, memory, and bad input of decoding."""
 
 import dataclasses
+import itertools
 
 import chex
 import jax
@@ -350,6 +351,26 @@ def test_sampling_does_not_depend_on_the_batch_or_on_speculation():
     )
     assert [contents(a) for a in here] == [contents(a) for a in off]
     assert sum(a.forwards for a in here) < sum(a.forwards for a in off)
+
+
+@pytest.mark.parametrize("blocks", [2, 8])
+def test_speculation_is_never_seen_in_a_token(blocks):
+    """Also where a block has fewer tokens than a forward may carry."""
+    off, auto = (
+        generate(PARAMS, MODEL, dataclasses.replace(CONFIG, blocks=blocks, speculate=how), PROMPTS[:8], batch_size=1)
+        for how in ("off", "auto")
+    )
+    assert [contents(a) for a in auto] == [contents(a) for a in off]
+    assert sum(a.forwards for a in auto) <= sum(a.forwards for a in off)
+
+
+@pytest.mark.parametrize("platform", ["cpu", "gpu", "tpu"])
+def test_no_row_is_given_more_room_than_its_window_has(platform):
+    cases = itertools.product((1, 3, 16, 200), (1, 4, 8), (1, 2, 4), ("off", "auto", "on"))
+    for batch, slot_size, blocks, speculate in cases:
+        config = dataclasses.replace(CONFIG, slot_size=slot_size, blocks=blocks, speculate=speculate)
+        sampler = config.sampler(MODEL, batch, platform)
+        assert sampler.free <= sampler.window and sampler.slots <= sampler.chunks
 
 
 def test_cutting_to_one_id_is_greedy(answers):

@@ -139,6 +139,7 @@ class PlanAndInfillConfig(SamplerConfig):
         tokens = {"off": 0, "auto": auto, "on": max(FREE_TOKENS, 2 * n * k)}[self.speculate]
         carry = self.speculate != "off"
         chunks = max(n, (self.window or tokens) // k) if carry else n
+        most = CPU_FREE_TOKENS // batch if cpu and self.speculate == "auto" and not self.window else chunks * k
         return PlanAndInfill(
             model,
             slots=n,
@@ -146,7 +147,7 @@ class PlanAndInfillConfig(SamplerConfig):
             blocks=self.blocks,
             widths=tuple(sorted({-(-chunks // part) * k for part in (CPU_WIDTHS if cpu else (1,))})),
             carry=carry,
-            free=CPU_FREE_TOKENS // batch if cpu and self.speculate == "auto" and not self.window else chunks * k,
+            free=min(most, chunks * k),
         )
 
 
@@ -158,7 +159,7 @@ class PlanAndInfill:
       slots: n, slots of a block.
       widths: tokens that a forward may take, multiples of k; the last is W, at least n * k.
       carry: whether speculative chunks fill the window.
-      free: tokens they may fill, besides what a forward takes anyway.
+      free: tokens they may fill, at most W, besides what a forward takes anyway.
       held_back: tokens of the prompt that are left to the first window.
     """
 
