@@ -301,6 +301,7 @@ def run(service: "Service", listening: socket.socket, grace: float) -> None:
         timeout_keep_alive=30,
         timeout_graceful_shutdown=5,
         server_header=False,
+        proxy_headers=False,
     )
     before = sys.getswitchinterval()
     sys.setswitchinterval(1e-4)  # between two turns the device thread waits for the interpreter, and the device for it

@@ -167,7 +167,7 @@ def test_waiting_requests_whose_time_is_over_are_told_at_once(service, http_clie
 def test_engine_that_fails_costs_its_requests_and_no_more(client, service, monkeypatch):
     expected = ask(client, "sun").choices[0].message.content
     engine = service.device.lanes["plan_and_infill"].engine
-    monkeypatch.setattr(engine, "step", lambda *_, **__: 1 / 0)
+    monkeypatch.setattr(engine, "collect", lambda *_, **__: 1 / 0)
     with pytest.raises(openai.InternalServerError) as caught:
         ask(client, "sun")
     assert caught.value.status_code == 500

@@ -157,7 +157,7 @@ def compared(row: Row, repeats: int) -> dict[str, Any]:
         "most": max(cpu),
         "ratio_by_clock": statistics.median(ratios("seconds")),
         "peak_bytes": here,
-        "memory_ratio": here / there if here is not None and there else None,
+        "memory_ratio": here / there if here is not None and there > 2**20 else None,  # else it had kept what it needs
         "turns": [[{k: v for k, v in run.items() if k != "result"} for run in turn] for turn in turns],
     }
 

@@ -35,17 +35,27 @@ from refusion_jax.serving.device import BROKEN, READY
 
 @dataclasses.dataclass(frozen=True)
 class Question:
-    """A request: ids of a prompt, most tokens of its answer, the sampler's method, whether the answer is streamed."""
+    """A request: ids of a prompt, most tokens of its answer, the sampler's method, and its kind: "whole", "streamed",
+    "hang up" (streamed, and its client leaves in the middle) or "malformed".
+    """
 
     prompt: list[int]
     limit: int
     method: str
-    stream: bool = True
+    kind: str = "streamed"
 
-    def body(self) -> dict[str, Any]:
-        """Of /v1/completions."""
-        streamed = {"stream": True, "stream_options": {"include_usage": True}} if self.stream else {}
-        return {"prompt": self.prompt, "max_tokens": self.limit, "method": self.method, **streamed}
+    @property
+    def answered(self) -> bool:
+        return self.kind in ("whole", "streamed")
+
+    def sent(self) -> dict[str, Any]:
+        """What serve_clients.py is to send."""
+        body = {"prompt": self.prompt, "max_tokens": self.limit, "method": self.method}
+        if self.kind in ("streamed", "hang up"):
+            body |= {"stream": True, "stream_options": {"include_usage": True}}
+        if self.kind == "malformed":
+            body["prompt"] = {"text": len(self.prompt)}
+        return {"body": body, "hang_up": 25 * (self.kind == "hang up")}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,18 +70,21 @@ class Timing:
 
 
 def ask_all(port: int, questions: Sequence[Question], clients: int, rate: float = 0.0) -> tuple[list[Timing], float]:
-    """Timings in the order of the questions, and the seconds that all took; `rate`: requests per second that are sent,
-    if enough clients are free; 0: as soon as one is.
+    """Timings of the questions that are answered, in their order, and the seconds that all took; `rate`: requests per
+    second that are sent, if enough clients are free; 0: as soon as one is.
 
     Raises:
-      UserError: the server refused a request.
+      UserError: the server refused a request that is well formed, or took one that is not.
     """
-    given = {"port": port, "clients": clients, "rate": rate, "questions": [question.body() for question in questions]}
+    given = {"port": port, "clients": clients, "rate": rate, "questions": [question.sent() for question in questions]}
     command = [sys.executable, str(pathlib.Path(__file__).parent / "serve_clients.py")]
     found = subprocess.run(command, input=json.dumps(given), capture_output=True, text=True)
     if found.returncode:
         raise UserError(f"The clients failed: {found.stderr.strip().splitlines()[-1]}")
     result = json.loads(found.stdout)
+    for question, seen in zip(questions, result["seen"], strict=True):
+        if question.answered != (seen is not None):
+            raise UserError(f"A request of kind {question.kind!r} was {'answered' if seen else 'refused'}.")
     timings = [
         Timing(
             seen["first"],
@@ -81,15 +94,18 @@ def ask_all(port: int, questions: Sequence[Question], clients: int, rate: float 
             seen["text"],
         )
         for seen in result["seen"]
+        if seen
     ]
     return timings, result["seconds"]
 
 
 def generate(service: Service, questions: Sequence[Question]) -> tuple[int, float]:
-    """Tokens of all answers, and seconds, without a server: its engines, one after the other."""
+    """Tokens of all answers, and seconds, without a server: its engines, one after the other, which must
+    be idle.
+    """
     tokens, seconds = 0, 0.0
     for method, lane in service.device.lanes.items():
-        engine, config = lane.engine, service.offer.methods[method]  # idle, now that the server is stopped
+        engine, config = lane.engine, service.offer.methods[method]
         waiting = [(i, q) for i, q in enumerate(questions) if q.method == method]
         start = time.perf_counter()
         while waiting or engine.busy:
@@ -103,8 +119,17 @@ def generate(service: Service, questions: Sequence[Question]) -> tuple[int, floa
     return tokens, seconds
 
 
+def written(service: Service) -> float:
+    """Tokens of all answers so far, read or not."""
+    return service.metrics.registry.get_sample_value("vllm:generation_tokens_total", {"model_name": service.offer.name})
+
+
 def run(service: Service, questions: Sequence[Question], clients: int, rate: float, alone: int) -> dict[str, Any]:
-    """Figures of a service whose device thread is ready."""
+    """Figures of a service whose device thread is ready. Tokens are those of requests that are answered, here and
+    there; in "with unread answers" those of clients that hung up count too, as far as they were written.
+    """
+    answered = [question for question in questions if question.answered]
+    bounds = [generate(service, answered)]
     listening = serve.listen("127.0.0.1", 0)
     listening.listen()  # connections wait until the server runs
     port = listening.getsockname()[1]
@@ -113,25 +138,29 @@ def run(service: Service, questions: Sequence[Question], clients: int, rate: flo
     try:
         ask_all(port, questions[: min(len(questions), clients)], clients, 0.0)  # warm
         engines = [lane.engine for lane in service.device.lanes.values()]
-        before = sum(engine.steps for engine in engines)
+        counts = lambda: (sum(engine.steps for engine in engines), written(service))
+        before = counts()
         timings, seconds = ask_all(port, questions, clients, rate)
-        steps = sum(engine.steps for engine in engines) - before
-        one, one_seconds = ask_all(port, questions[:alone], 1, 0.0)
+        steps, wrote = (now - then for now, then in zip(counts(), before))
+        one, one_seconds = ask_all(port, answered[:alone], 1, 0.0)
     finally:
         service.draining = True
         thread.join()
-    tokens, bound_seconds = generate(service, questions)
+    bounds.append(generate(service, answered))  # before and after: machines are not equally fast all the time
+    tokens, bound_seconds = map(sum, zip(*bounds))
     forwards = sum(timing.forwards for timing in timings)
     of = lambda values: (statistics.median(values), sorted(values)[min(len(values) - 1, len(values) * 99 // 100)])
-    streamed = [timing.first for timing, question in zip(timings, questions) if question.stream]
+    streamed = [timing.first for timing, question in zip(timings, answered) if question.kind == "streamed"]
     first, whole = of(streamed or [float("nan")]), of([timing.whole for timing in timings])
     served = sum(timing.tokens for timing in timings) / seconds
     return {
-        "requests": len(timings),
+        "requests": len(questions),
+        "answered": len(timings),
         "clients": clients,
-        "requests per second": len(timings) / seconds,
+        "requests per second": len(questions) / seconds,
         "tokens per second": served,
         "of generate": served / (tokens / bound_seconds),
+        "with unread answers": wrote / seconds / (tokens / bound_seconds),
         "over one at a time": served / (sum(timing.tokens for timing in one) / one_seconds),
         "first token p50 (ms)": 1e3 * first[0],
         "first token p99 (ms)": 1e3 * first[1],
@@ -153,9 +182,11 @@ def questions_of(arguments: argparse.Namespace, service: Service, checkpoint: st
         queries = [source[i][0] for i in itertools.islice(source.part(), arguments.requests)]
         prompts = [list(map(int, ids)) for ids in service.offer.tokenizer.encode_prompts(queries)]
     limits = numbers(arguments.answer_lengths, "--answer-lengths") or [service.offer.methods[methods[0]].length]
-    rng, cycle = random.Random(0), itertools.cycle
-    turns = itertools.islice(zip(cycle(prompts), cycle(limits), cycle(methods)), arguments.requests)
-    return [Question(*turn, stream=rng.random() < arguments.streamed) for turn in turns]
+    shares = {"streamed": arguments.streamed, "hang up": arguments.hang_up, "malformed": arguments.malformed}
+    shares["whole"] = 1 - sum(shares.values())
+    kinds = random.Random(0).choices(list(shares), list(shares.values()), k=arguments.requests)
+    cycle = itertools.cycle
+    return [Question(*turn) for turn in zip(cycle(prompts), cycle(limits), cycle(methods), kinds)]
 
 
 def numbers(text: str, flag: str) -> list[int]:
@@ -181,14 +212,27 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument(
         "--answer-lengths", default="", metavar="N,..", help="max_tokens in turn; default: --gen-length"
     )
-    parser.add_argument("--streamed", type=float, default=1.0, metavar="SHARE", help="of the requests; default: all")
+    parser.add_argument(
+        "--streamed", type=float, metavar="SHARE", help="of the requests; default: all that are answered"
+    )
+    parser.add_argument(
+        "--hang-up", type=float, default=0.0, metavar="SHARE", help="whose clients leave; default: none"
+    )
+    parser.add_argument("--malformed", type=float, default=0.0, metavar="SHARE", help="refused; default: none")
     parser.add_argument("--alone", type=int, default=16, metavar="N", help="requests one at a time; default 16")
     parser.add_argument("--json", type=pathlib.Path, metavar="FILE", help="write the figures there too")
     arguments, rest = parser.parse_known_args(argv)
     if min(arguments.clients, arguments.requests, arguments.alone) < 1 or not arguments.rate >= 0:
         raise UserError("--clients, --requests and --alone must be at least 1, --rate 0 (no limit) or above.")
-    if not 0 <= arguments.streamed <= 1:
-        raise UserError(f"--streamed is {arguments.streamed}; give a share from 0 (none) to 1 (all requests).")
+    if arguments.streamed is None:
+        arguments.streamed = 1 - arguments.hang_up - arguments.malformed
+    shares = arguments.streamed, arguments.hang_up, arguments.malformed
+    if min(shares) < 0 or sum(shares) > 1 or arguments.hang_up + arguments.malformed == 1:
+        raise UserError(
+            "--streamed, --hang-up and --malformed are "
+            + ", ".join(map(str, shares))
+            + ": give shares of the requests from 0 to 1, that leave some to be answered."
+        )
     compilation.keep_programs()
     flags = serve.arguments_of(rest)
     service = serve.service_of(decoder_of(flags), flags)

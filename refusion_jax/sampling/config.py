@@ -195,13 +195,14 @@ class Generation:
         """From the canvas of one row (see `state.Canvas`); `sizes`: tokens of each of its holes, of a plain answer its
         limit.
         """
-        order = np.argsort(canvas["when"], kind="stable")[np.sum(canvas["when"] < 0) :]
+        when = canvas["when"].tolist()
+        order = sorted((at for at, time in enumerate(when) if time >= 0), key=when.__getitem__)
         starts = itertools.accumulate(sizes, initial=0)
         parts = [_written(canvas, start, size, stop_ids) for start, size in zip(starts, sizes)]
         return cls(
             index=index,
             tokens=list(itertools.chain(*parts)),
-            order=order.tolist(),
+            order=order,
             committed=canvas["tokens"][order].tolist(),
             rounds=canvas["round"][order].tolist(),
             forwards=int(canvas["forwards"]),
@@ -213,8 +214,8 @@ class Generation:
 
 def _written(canvas: dict[str, np.ndarray], start: int, size: int, stop_ids: Sequence[int]) -> list[int]:
     """What there is of a hole up to the first open place or stop id."""
-    found = []
-    for token, when in zip(canvas["tokens"][start : start + size].tolist(), canvas["when"][start : start + size]):
+    found, here = [], slice(start, start + size)
+    for token, when in zip(canvas["tokens"][here].tolist(), canvas["when"][here].tolist()):
         if when < 0:
             break
         found.append(token)

@@ -108,6 +108,7 @@ class Engine:
         # Where a token sees those behind it too, what it leaves in the cache depends on them.
         causal = not self.sampler.in_place and config.prompt_block(1)[0] == 1
         self.prefixes = Prefixes(prefix_blocks if causal else 0)
+        self._decoding: list[int] = []  # rows of the passes that were launched last
         self.committed = np.zeros(self.batch, np.int32)  # tokens of every row's answer, after the last `step`
         self.steps = 0  # passes of the whole batch
         self.prefills = 0  # passes over prompts
@@ -143,7 +144,23 @@ class Engine:
                     self._remember(row)
 
     def step(self, forwards: int = 1, unfinished: Collection[int] = ()) -> list[Generation]:
-        """At most so many passes over waiting prompts, then over all rows, these until a row is done.
+        """`launch`, then `collect`."""
+        self.launch(forwards)
+        return self.collect(unfinished)
+
+    def launch(self, forwards: int = 1) -> None:
+        """Begins at most so many passes over waiting prompts, then over all rows, these until a row is done. Nothing is
+        waited for: before `collect` the host may do other work.
+        """
+        self.prefill(forwards)
+        self._decoding = [row for row, owner in enumerate(self._owner) if owner is not None and row not in self._left]
+        if self._decoding:
+            self._state, self._passes = self._programs.run(
+                self._params, self._state, np.int32(forwards), np.int32(len(self._decoding))
+            )
+
+    def collect(self, unfinished: Collection[int] = ()) -> list[Generation]:
+        """Waits for what was launched.
 
         Args:
           unfinished: rows whose answers are also returned, as far as they are written, when they are not finished.
@@ -151,14 +168,12 @@ class Engine:
         Returns:
           The finished answers, whose rows are free again.
         """
-        self.prefill(forwards)
-        decoding = [row for row, owner in enumerate(self._owner) if owner is not None and row not in self._left]
+        decoding = self._decoding
         self.committed[:] = 0
         if not decoding:
             return []
-        self._state, steps = self._programs.run(self._params, self._state, np.int32(forwards), np.int32(len(decoding)))
         rows = self._state.rows
-        steps, done, canvas = jax.device_get((steps, rows.done, vars(rows.canvas)))
+        steps, done, canvas = jax.device_get((self._passes, rows.done, vars(rows.canvas)))
         self.steps += int(steps)
         self.committed[decoding] = canvas["count"][decoding]
         answers = []

@@ -145,6 +145,7 @@ class Device(threading.Thread):
         self.max_waiting, self.waiting, self.open = max_waiting, 0, 0
         self.lanes: dict[str, Lane] = {}
         self._last = 0.0  # when a lane was last chosen
+        self._news: list[Job] = []  # jobs whose `notify` is to be called
         self.state, self.failure = WARMING, None
 
     # ------------------------------------------------------------------ from other threads
@@ -198,6 +199,7 @@ class Device(threading.Thread):
         """Takes what is in the inbox; waits for something if there is nothing else to do."""
         idle = not any(lane.rows or lane.waiting for lane in self.lanes.values())
         if idle:
+            self._tell()
             self._observer.turn(self)
         try:
             self._sort(self._inbox.get(block=idle))
@@ -255,11 +257,13 @@ class Device(threading.Thread):
 
     def _turn(self, lane: Lane) -> None:
         if not lane.rows:
-            return
+            return self._tell()
         start = time.monotonic()
         eager = any(job.watched for lane in self.lanes.values() for job in lane.rows.values())
         watched = [row for row, job in lane.rows.items() if job.watched]
-        updates = lane.engine.step(WATCHED_FORWARDS if eager else ALONE_FORWARDS, watched)
+        lane.engine.launch(WATCHED_FORWARDS if eager else ALONE_FORWARDS)
+        self._tell()  # while the device works: it would wait for all that clients do now
+        updates = lane.engine.collect(watched)
         now, by_index = time.monotonic(), {}
         lane.seconds = now - start
         for row, job in lane.rows.items():
@@ -312,7 +316,7 @@ class Device(threading.Thread):
             self._end(job)
         elif job.latest is None or len(generation.order) > len(job.latest.order):
             job.latest = generation
-            job.notify()
+            self._news.append(job)
 
     def _start(self, job: Job) -> None:
         job.started = time.monotonic()
@@ -323,8 +327,15 @@ class Device(threading.Thread):
         job.error, job.ended, job.reason = error, time.monotonic(), job.cancelled or job.reason
         with self._lock:
             self.open -= 1
-        self._observer.finished(job)
-        job.notify()
+        self._news.append(job)
+
+    def _tell(self) -> None:
+        """Calls everybody for whom there is something new."""
+        for job in dict.fromkeys(self._news):
+            if job.ended:
+                self._observer.finished(job)
+            job.notify()
+        self._news.clear()
 
     @property
     def running(self) -> int:
