@@ -12,7 +12,7 @@ import threading
 import urllib.parse
 
 import jax
-from served import sample_values, wait_until_idle
+from served import ready, sample_values, wait_until_idle
 
 from refusion_jax.serving import metrics
 
@@ -109,3 +109,20 @@ def test_two_thousand_requests_of_64_clients(address, service):
     # While so many wait, no row is idle for long: hardly more passes of a batch than full ones would be.
     passes, of_rows = (now - then for now, then in zip(forwards(service), before))
     assert of_rows > 0.6 * passes * 4, (passes, of_rows)
+
+
+def test_benchmark_counts_what_was_answered(decoder, monkeypatch, repository):
+    monkeypatch.syspath_prepend(str(repository / "tools"))
+    import benchmark_serve
+
+    mixed = ready(decoder)
+    kinds = ["whole", "streamed", "streamed", "hang up", "malformed"] * 6
+    questions = [
+        benchmark_serve.Question([97 + i] * (i + 1), 12, method, kind)
+        for i, (kind, method) in enumerate(zip(kinds, list(mixed.offer.methods) * len(kinds)))
+    ]
+    found = benchmark_serve.run(mixed, questions, clients=6, rate=0.0, alone=2)
+    assert (found["requests"], found["answered"]) == (30, 18)
+    assert 0 < found["of generate"] <= found["with unread answers"]
+    assert 0 < found["first token p50 (ms)"] <= found["whole answer p99 (ms)"]
+    assert 0 < found["rows in use"] <= 1
