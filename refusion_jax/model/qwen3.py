@@ -14,7 +14,7 @@ from refusion_jax.model.config import ModelConfig
 
 # What the backward pass may keep of a layer; the rest is computed again. "none" keeps everything. Take "minimal" where
 # it fits, else "full", and "none" for small models only. Compiled for 8B with 8 rows of 4096 on each TPU v5p: none
-# 337 GiB of temporaries, minimal 49 GiB, full 27 GiB; the operations of a step are as 1.00 to 1.17 to 1.23.
+# 256 GiB of temporaries, minimal 49 GiB, full 27 GiB; the operations of a step are as 1.00 to 1.17 to 1.23.
 REMAT_POLICIES = {
     "minimal": jax.checkpoint_policies.save_only_these_names("qkv", "attended"),
     "full": jax.checkpoint_policies.nothing_saveable,
