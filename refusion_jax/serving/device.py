@@ -331,11 +331,11 @@ class Device(threading.Thread):
 
     def _tell(self) -> None:
         """Calls everybody for whom there is something new."""
-        for job in dict.fromkeys(self._news):
+        news, self._news = self._news, []
+        for job in dict.fromkeys(news):
             if job.ended:
                 self._observer.finished(job)
             job.notify()
-        self._news.clear()
 
     @property
     def running(self) -> int:
