@@ -2,9 +2,9 @@
 with it at one interpreter.
 
 On stdin an object with port, clients, rate (requests per second; 0: as many as there are clients) and questions: each
-with the body of /v1/completions, and `hang_up`, bytes of the answer after which the client closes the connection (0: it
-reads on). On stdout, in their order, what the clients saw (null of those that hung up or were refused with 400), and
-the seconds that all took.
+with the body of /v1/completions, `refused`, whether that is malformed, and `hang_up`, bytes of the answer after which
+the client closes the connection (0: it reads on). On stdout, in their order, what the clients saw (null of those that
+hung up or were refused), and the seconds that all took.
 """
 
 import concurrent.futures
@@ -18,20 +18,20 @@ from typing import Any
 _own = threading.local()  # connection: of a client, kept between its requests
 
 
-def ask(port: int, body: Any, hang_up: int) -> dict[str, Any] | None:
+def ask(port: int, body: Any, refused: bool, hang_up: int) -> dict[str, Any] | None:
     """Sends a request and reads its answer to the end: seconds to the first token and to the last, text and usage.
 
     Raises:
-      RuntimeError: the server failed, or is full.
+      RuntimeError: the server refused what is well formed or answered what is not, or failed.
     """
     if not hasattr(_own, "connection"):
         _own.connection = http.client.HTTPConnection("127.0.0.1", port, timeout=600)
     start, first, text, usage = time.perf_counter(), 0.0, [], {}
     _own.connection.request("POST", "/v1/completions", json.dumps(body), {"Content-Type": "application/json"})
     response = _own.connection.getresponse()
-    if response.status not in (200, 400):
+    if response.status != (400 if refused else 200):
         raise RuntimeError(f"the server answered {response.status}: {response.read().decode()}")
-    if response.status == 400 or hang_up:
+    if refused or hang_up:
         response.read(hang_up or None)
         if hang_up:
             _own.connection.close()
