@@ -16,7 +16,7 @@ from flax import linen as nn
 from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec
 
-from refusion_jax.model.layers import devices_over
+from refusion_jax.model.layers import by_kv_head, by_token, devices_over
 
 BLOCK = 256  # queries and keys
 LOWEST = jnp.finfo(jnp.float32).min
@@ -148,15 +148,13 @@ def _split(x: jax.Array, kv_heads: int) -> jax.Array:
     batch, length, heads, dim = x.shape
     count = -(-length // BLOCK)
     x = jnp.pad(x, ((0, 0), (0, count * BLOCK - length), (0, 0), (0, 0)))
-    x = x.reshape(batch, count, BLOCK, kv_heads, heads // kv_heads, dim)
-    return jnp.moveaxis(x, 2, 4).reshape(batch, count, kv_heads, -1, dim)
+    return by_kv_head(x.reshape(-1, BLOCK, heads, dim), kv_heads).reshape(batch, count, kv_heads, -1, dim)
 
 
 def _join(x: jax.Array, like: jax.Array) -> jax.Array:
     """The reverse of `_split`, to the shape of `like`."""
     batch, length, heads, dim = like.shape
-    x = x.reshape(*x.shape[:3], -1, BLOCK, dim)
-    return jnp.moveaxis(x, 4, 2).reshape(batch, -1, heads, dim)[:, :length]
+    return by_token(x.reshape(-1, *x.shape[2:]), BLOCK).reshape(batch, -1, heads, dim)[:, :length]
 
 
 def _over_pairs(

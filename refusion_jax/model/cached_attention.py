@@ -7,10 +7,10 @@ from flax import struct
 
 from refusion_jax.model import flash
 from refusion_jax.model.cache import KVCache
-from refusion_jax.model.layers import devices_over
+from refusion_jax.model.layers import by_kv_head, by_token, devices_over
 
 SCORE_BYTES = 2**28  # of float32 scores that one device holds at a time
-PREFILL_PART = 256
+PREFILL_PART = 256  # entries of the cache that a prefill reads at a time
 
 
 @struct.dataclass
@@ -81,20 +81,6 @@ class Cached:
         if parts == 1:
             return whole(q, cache, self.layer, self.seen), after
         return in_parts(q, cache, self.layer, self.seen, parts, turns), after
-
-
-def by_kv_head(q: jax.Array, kv_heads: int) -> jax.Array:
-    """[B, T, N, H] -> [B, K, G * T, H]: the queries of the G heads that a kv head serves, one head after another."""
-    batch, length, heads, dim = q.shape
-    parts = q.reshape(batch, length, kv_heads, heads // kv_heads, dim)
-    return jnp.einsum("BTKGH->BKGTH", parts).reshape(batch, kv_heads, -1, dim)
-
-
-def by_token(out: jax.Array, length: int) -> jax.Array:
-    """[B, K, G * T, H] -> [B, T, N, H], the reverse."""
-    batch, kv_heads, _, dim = out.shape
-    parts = out.reshape(batch, kv_heads, -1, length, dim)
-    return jnp.einsum("BKGTH->BTKGH", parts).reshape(batch, length, -1, dim)
 
 
 def masked_scores(queries: jax.Array, keys: jax.Array, seen: jax.Array) -> jax.Array:

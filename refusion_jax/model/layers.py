@@ -92,6 +92,20 @@ def rotate(x: jax.Array, angles: tuple[jax.Array, jax.Array]) -> jax.Array:
     return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)
 
 
+def by_kv_head(q: jax.Array, kv_heads: int) -> jax.Array:
+    """[B, T, N, H] -> [B, K, G * T, H]: the queries of the G heads that a kv head serves, one head after another."""
+    batch, length, heads, dim = q.shape
+    parts = q.reshape(batch, length, kv_heads, heads // kv_heads, dim)
+    return jnp.einsum("BTKGH->BKGTH", parts).reshape(batch, kv_heads, -1, dim)
+
+
+def by_token(out: jax.Array, length: int) -> jax.Array:
+    """[B, K, G * T, H] -> [B, T, N, H], the reverse."""
+    batch, kv_heads, _, dim = out.shape
+    parts = out.reshape(batch, kv_heads, -1, length, dim)
+    return jnp.einsum("BKGTH->BTKGH", parts).reshape(batch, length, -1, dim)
+
+
 class Table(nn.Module):
     """A table with a row for every id: embedding or head [V, D], and of a quantised model the rows' scales [V]."""
 
