@@ -27,11 +27,15 @@ def get_config(argument: str = "") -> ConfigDict:
     # Only the word of "Spell this word backward (example: sun -> nus): word": in bytes the rest is most of the tokens.
     options = (("min_word_len", 3), ("max_word_len", 10), ("query_pattern", r": (\w+)$"))
     task = dict(kind="procedural", path="spell_backward", size=20000, options=options)
-    # The slots of ReFusion, and blocks of the methods that have them, are as short as the words; where tokens see what
-    # comes after them, an answer is filled up with EOS tokens, or its length would be known.
+    # The slots of ReFusion, and blocks of the methods that have them, are as short as the words; what is learned is the
+    # answer, also by methods whose papers learn all of a text; where tokens see what comes after them, an answer is
+    # filled up with EOS tokens, or its length would be known.
     suited = {
         "refusion": dict(slot_sizes=(4, 8), mdm_weight_cap=10.0),
         "diffullama": dict(anneal_steps=arg.steps // 4),
+        "mdlm": dict(maskable="response"),
+        "d3pm": dict(maskable="response"),
+        "sedd": dict(maskable="response"),
         "blockwise_sft": dict(block_size=4),
         "dllm": dict(block_size=4),
     }

@@ -20,25 +20,32 @@ from refusion_jax.model.layers import by_kv_head, by_token, devices_over
 
 BLOCK = 256  # queries and keys
 LOWEST = jnp.finfo(jnp.float32).min
+_product = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
+
+
+def masked_scores(queries: jax.Array, keys: jax.Array, mask: jax.Array) -> jax.Array:
+    """float32 scores [B, K, G * T, S] of queries [B, K, G * T, H] on keys [B, K, S, H]; the lowest number where the
+    mask [B, T, S] is False.
+    """
+    scores = _product("BKMH,BKSH->BKMS", queries, keys.astype(queries.dtype))
+    of_heads = scores.reshape(*scores.shape[:2], -1, *mask.shape[1:])
+    of_heads = jnp.where(mask[:, None, None], of_heads * keys.shape[-1] ** -0.5, LOWEST)
+    return of_heads.reshape(scores.shape)
 
 
 def masked_attention(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array) -> jax.Array:
-    """Softmax attention in float32 under an explicit mask.
+    """Softmax attention in float32 under an explicit mask, with all scores at once.
 
     Args:
       q: [batch, query, heads, head_dim].
-      k, v: [batch, key, kv_heads, head_dim]; each kv head serves heads / kv_heads query heads.
+      k, v: [batch, kv_heads, key, head_dim]; each kv head serves heads / kv_heads query heads.
       mask: [batch, query, key] bool, True where a query may see a key.
 
     Returns:
       [batch, query, heads, head_dim] in q's dtype. A query that may see nothing gets finite values.
     """
-    batch, length, heads, dim = q.shape
-    grouped = q.reshape(batch, length, k.shape[2], heads // k.shape[2], dim)
-    scores = jnp.einsum("BTKGH,BSKH->BKGTS", grouped, k.astype(q.dtype), preferred_element_type=jnp.float32) * dim**-0.5
-    scores = jnp.where(mask[:, None, None], scores, LOWEST)
-    weights = jax.nn.softmax(scores, axis=-1).astype(q.dtype)
-    return jnp.einsum("BKGTS,BSKH->BTKGH", weights, v.astype(q.dtype)).reshape(q.shape)
+    weights = jax.nn.softmax(masked_scores(by_kv_head(q, k.shape[1]), k, mask), axis=-1).astype(q.dtype)
+    return by_token(jnp.einsum("BKMS,BKSH->BKMH", weights, v.astype(q.dtype)), q.shape[1])
 
 
 def attention(q: jax.Array, k: jax.Array, v: jax.Array, context: Any, *, causal: bool) -> jax.Array:
@@ -58,6 +65,7 @@ def attention(q: jax.Array, k: jax.Array, v: jax.Array, context: Any, *, causal:
     chex.assert_shape((k, v), (batch, length, None, q.shape[3]))
     if length <= BLOCK:
         everywhere = jnp.arange(length)
+        k, v = (jnp.einsum("BSKH->BKSH", x) for x in (k, v))
         return checkpoint_name(masked_attention(q, k, v, context.visible(everywhere, everywhere)), "attended")
     attend = functools.partial(_rows, causal)
     if jax.sharding.get_abstract_mesh().empty:
@@ -133,7 +141,6 @@ def _rows_backward(causal, residuals, slope):
 
 
 _rows.defvjp(_rows_forward, _rows_backward)
-_product = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
 
 
 def _scores(q: jax.Array, k: jax.Array) -> jax.Array:

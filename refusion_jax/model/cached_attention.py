@@ -6,6 +6,7 @@ import jax.numpy as jnp
 from flax import struct
 
 from refusion_jax.model import flash
+from refusion_jax.model.blockwise import LOWEST, masked_attention, masked_scores
 from refusion_jax.model.cache import KVCache
 from refusion_jax.model.layers import by_kv_head, by_token, devices_over
 
@@ -79,33 +80,16 @@ class Cached:
             filled = jnp.max(jnp.where(self.seen.any(axis=(0, 1)), jnp.arange(cache.cache_length) + 1, 0))
             turns = -(-filled // -(-cache.cache_length // parts))
         if parts == 1:
-            return whole(q, cache, self.layer, self.seen), after
+            keys, values = cache.read(self.layer, 0, cache.cache_length)
+            return masked_attention(q, keys, values, self.seen), after
         return in_parts(q, cache, self.layer, self.seen, parts, turns), after
-
-
-def masked_scores(queries: jax.Array, keys: jax.Array, seen: jax.Array) -> jax.Array:
-    """float32 scores [B, K, G * T, S] of queries [B, K, G * T, H] on keys [B, K, S, H]; the lowest number where a query
-    does not see. `seen` is [B, T, S].
-    """
-    scores = jnp.einsum("BKMH,BKSH->BKMS", queries, keys.astype(queries.dtype), preferred_element_type=jnp.float32)
-    of_heads = scores.reshape(*scores.shape[:2], -1, *seen.shape[1:])
-    of_heads = jnp.where(seen[:, None, None], of_heads * keys.shape[-1] ** -0.5, jnp.finfo(jnp.float32).min)
-    return of_heads.reshape(scores.shape)
-
-
-def whole(q: jax.Array, cache: KVCache, layer: jax.Array | int, seen: jax.Array) -> jax.Array:
-    """Attention [B, T, N, H] with all scores at once."""
-    keys, values = cache.read(layer, 0, cache.cache_length)
-    scores = masked_scores(by_kv_head(q, keys.shape[1]), keys, seen)
-    weights = jax.nn.softmax(scores, axis=-1).astype(q.dtype)
-    return by_token(jnp.einsum("BKMS,BKSH->BKMH", weights, values.astype(q.dtype)), q.shape[1])
 
 
 def in_parts(
     q: jax.Array, cache: KVCache, layer: jax.Array | int, seen: jax.Array, parts: int, turns: jax.Array | None
 ) -> jax.Array:
-    """The same, with the scores of one part of the cache at a time: a running maximum, sum and weighted sum of
-    values. Only the first `turns` parts are read; None: all.
+    """Attention [B, T, N, H] with the scores of one part of the cache at a time: a running maximum, sum and weighted
+    sum of values. Only the first `turns` parts are read; None: all.
     """
     size = -(-cache.cache_length // parts)
     queries = by_kv_head(q, jax.tree.leaves(cache.k)[0].shape[-3])
@@ -125,7 +109,7 @@ def in_parts(
         return new_top, total * old + weights.sum(axis=-1), out * old[..., None] + part
 
     shape = queries.shape
-    start = jnp.full(shape[:-1], jnp.finfo(jnp.float32).min), jnp.zeros(shape[:-1]), jnp.zeros(shape)
+    start = jnp.full(shape[:-1], LOWEST), jnp.zeros(shape[:-1]), jnp.zeros(shape)
     _, total, out = jax.lax.fori_loop(0, parts if turns is None else turns, add, start)
     # Nothing was added up where no part was read: padding.
     return by_token((out / jnp.where(total > 0, total, 1.0)[..., None]).astype(q.dtype), q.shape[1])
