@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# From a fresh clone to a trained model, on a CPU with 2 cores in about ten minutes: makes the environment, trains
+# From a fresh clone to a trained model, on a CPU with 2 cores in 6 to 8 minutes: makes the environment, trains
 # configs/tiny.py with a live progress line, plots the loss curves, solves held-out tasks and draws one decoding.
 # Everything is left in runs/quickstart. Arguments go to the training: launch/quickstart.sh --config.seed=1
 set -euo pipefail

@@ -3,7 +3,7 @@
 #
 #   launch/test.sh
 #   REFUSION_EXTRAS=test,tpu launch/test.sh      compiles for TPUs too
-#   launch/test.sh tests/test_slots.py -x
+#   launch/test.sh tests/test_step.py -x
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 REFUSION_EXTRAS="${REFUSION_EXTRAS:-test}" source launch/env.sh

@@ -95,7 +95,8 @@ class DataConfig:
         its document ("continue"), which the model must have positions for.
       response_multiple: responses are filled with EOS tokens, which are learnt like others, to a multiple of so many
         tokens; documents are not. For diffusion over whole responses, which has to be told where one ends.
-      cache_dir: local folder where a run tokenises its sources; empty: the run's folder.
+      cache_dir: local folder where a run tokenises its sources; empty: the run's folder, or, where that is in a bucket,
+        ~/.cache/refusion_jax/data.
       store: folder or bucket into which `refusion_jax.prepare` has tokenised the sources, which are then not read;
         empty: the run does it itself.
       mixture: shares of the training sources from step 0 on and from each step on at which they change; empty: the
@@ -183,7 +184,8 @@ class Config:
     """A training run.
 
     Attributes:
-      objective: what is learned; its `kind`, "refusion", "masked" or "autoregressive", says which settings there are.
+      objective: what is learned; its `kind`, "refusion", "autoregressive", "masked", "block" or "sedd", says which
+        settings there are.
       init_from: weights to start from: a Hugging Face folder or name, or a checkpoint folder; empty: random ones.
         Weights only; a run is continued by starting it again with the same --workdir.
       steps: optimizer steps; 0: as many as `epochs` take.

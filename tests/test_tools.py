@@ -61,6 +61,20 @@ def test_plot_draws_what_the_runs_recorded(call, tmp_path):
     plt.close("all")
 
 
+def test_plot_draws_the_terms_that_each_run_has(call, tmp_path):
+    plt = pytest.importorskip("matplotlib.pyplot")
+    plt.close("all")
+    write_run(tmp_path / "a", 1.0)
+    (tmp_path / "b").mkdir()
+    record = {"step": 10, "kind": "train", "mdm_loss": 2.0, "reconstruction_loss": 3.0}
+    (tmp_path / "b" / "metrics.jsonl").write_text(json.dumps(record) + "\n")
+    call("plot", tmp_path / "a", tmp_path / "b", "--out", tmp_path / "loss.png")
+    labels = {axis.get_title(): [line.get_label() for line in axis.lines] for axis in plt.gcf().axes}
+    assert labels["ar loss"] == ["a train", "a held out"] and labels["reconstruction loss"] == ["b train"]
+    assert labels["mdm loss"] == ["a train", "a held out", "b train"]
+    plt.close("all")
+
+
 def test_plot_names_what_it_cannot_read(call, tmp_path):
     pytest.importorskip("matplotlib")
     with pytest.raises(UserError, match=f"no {tmp_path}/absent/metrics.jsonl"):

@@ -2,6 +2,7 @@
 
 import argparse
 import io
+import itertools
 import json
 import pathlib
 from collections.abc import Sequence
@@ -30,20 +31,29 @@ def read(workdir: pathlib.Path) -> dict[str, list[dict]]:
     return records
 
 
-def draw(axes: Sequence[Any], name: str, color: str, records: dict[str, list[dict]]) -> None:
-    """One run: the two losses in training (pale) and on held-out data, and the held-out accuracies."""
+def terms_of(runs: Sequence[dict[str, list[dict]]]) -> list[str]:
+    """Names of the loss terms that the runs have: ar, mdm, .."""
+    fields = {
+        field: None for records in runs for record in records["train"] + records["evaluation"] for field in record
+    }
+    return [field.removesuffix("_loss") for field in fields if field.endswith("_loss")]
+
+
+def draw(axes: Sequence[Any], terms: Sequence[str], name: str, color: str, records: dict[str, list[dict]]) -> None:
+    """One run: each loss term in training (pale) and on held-out data, and the held-out accuracies on the last axis."""
     train, held_out = records["train"], records["evaluation"]
-    for axis, loss in zip(axes, ("ar_loss", "mdm_loss")):
-        curve(axis, train, loss, label=f"{name} train", color=color, alpha=0.35)
-        curve(axis, held_out, loss, label=f"{name} held out", color=color, marker=".")
-        axis.set_yscale("log")
-    for term, style in (("ar", "-"), ("mdm", "--")):
+    for axis, term, style in zip(axes, terms, itertools.cycle(("-", "--", ":", "-."))):
+        curve(axis, train, f"{term}_loss", label=f"{name} train", color=color, alpha=0.35)
+        curve(axis, held_out, f"{term}_loss", label=f"{name} held out", color=color, marker=".")
         label = f"{name} {term}"
-        curve(axes[2], held_out, f"{term}_accuracy", label=label, color=color, marker=".", linestyle=style)
+        curve(axes[-1], held_out, f"{term}_accuracy", label=label, color=color, marker=".", linestyle=style)
 
 
-def curve(axis: Any, records: Sequence[dict], name: str, **style: Any) -> None:
-    axis.plot([r["step"] for r in records], [r[name] for r in records], **style)
+def curve(axis: Any, records: Sequence[dict], field: str, **style: Any) -> None:
+    """Nothing where the records lack the field: not every run has every term."""
+    points = [(record["step"], record[field]) for record in records if field in record]
+    if points:
+        axis.plot(*zip(*points), **style)
 
 
 def main() -> None:
@@ -59,12 +69,15 @@ def main() -> None:
     except ImportError:
         raise UserError("Plots need matplotlib; install it with: pip install 'refusion_jax[demo]'.") from None
 
-    titles = ("autoregressive loss", "denoising loss", "held-out token accuracy")
-    figure, axes = plt.subplots(1, len(titles), figsize=(15, 4.2), layout="constrained")
-    for index, workdir in enumerate(arguments.workdirs):
-        draw(axes, workdir.name, f"C{index}", read(workdir))
-    for axis, title in zip(axes, titles):
-        axis.set(title=title, xlabel="step")
+    runs = [read(workdir) for workdir in arguments.workdirs]
+    terms = terms_of(runs)
+    figure, axes = plt.subplots(
+        1, len(terms) + 1, figsize=(5 * len(terms) + 5, 4.2), layout="constrained", squeeze=False
+    )
+    for index, (workdir, records) in enumerate(zip(arguments.workdirs, runs)):
+        draw(axes[0], terms, workdir.name, f"C{index}", records)
+    for axis, title in zip(axes[0], (*(f"{term} loss" for term in terms), "held-out token accuracy")):
+        axis.set(title=title, xlabel="step", yscale="log" if title.endswith("loss") else "linear")
         axis.grid(alpha=0.3)
         axis.legend(fontsize=8)
     picture = io.BytesIO()

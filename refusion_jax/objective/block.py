@@ -26,6 +26,8 @@ from refusion_jax.objective.common import (
     Term,
     TokenLoss,
     cross_entropy,
+    each,
+    example_keys,
     layout,
     normaliser,
     rank_of_group,
@@ -142,27 +144,22 @@ class Block:
     def draw(self, key: jax.Array, batch: PackedBatch) -> Draws:
         """All that is random, from (key, example id) alone."""
         where = layout(batch)
-        example = jnp.maximum(where.segment_ids - 1, 0)
-        of_token = lambda values: jnp.take_along_axis(values, example, axis=1)
-        uniform = jax.vmap(jax.vmap(jax.random.uniform))
-        at = jax.vmap(jax.vmap(jax.random.fold_in))
-
-        keys = jax.vmap(jax.vmap(lambda i: jax.random.split(jax.random.fold_in(key, i), 3)))(batch.example_ids)
-        level_key, order_key, mask_key = jnp.moveaxis(keys, -1, 0)
+        uniform, at = each(jax.random.uniform), each(jax.random.fold_in)
+        level_key, order_key, mask_key = example_keys(key, batch, 3)
         # For every token from its block's index or its position, so that the shape of the row does not matter.
         block = where.positions // self.block_size
         if self.level == "block":
-            number = uniform(at(of_token(level_key), block))
+            number = uniform(at(where.of_example(level_key), block))
         else:
-            number = of_token(uniform(level_key))
+            number = where.of_example(uniform(level_key))
         if self.stratified:
-            first, order = self._first(where), uniform(at(of_token(order_key), block))
+            first, order = self._first(where), uniform(at(where.of_example(order_key), block))
             starts = first == jnp.arange(first.shape[1])
             stratum = rank_of_group(jnp.where(starts, order, jnp.inf), where.segment_ids, first)
             number = (stratum + number) / -(-where.length // self.block_size)
         t = self.level_of(number)
-        token_key = at(of_token(mask_key), where.positions)
-        numbers = lambda round: uniform(jax.vmap(jax.vmap(lambda k: jax.random.fold_in(k, round)))(token_key))
+        token_key = at(where.of_example(mask_key), where.positions)
+        numbers = lambda round: uniform(each(lambda k: jax.random.fold_in(k, round))(token_key))
         return Draws(t, self.masks(where, t, numbers))
 
     def level_of(self, number: jax.Array) -> jax.Array:

@@ -14,6 +14,7 @@ The loss is the sum over terms of scale * sum(weights * loss of the token) / max
 """
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import chex
@@ -65,6 +66,10 @@ class Layout:
     def length(self) -> jax.Array:
         """Prompt and response of the token's example."""
         return self.positions - self.offset + self.response_length
+
+    def of_example(self, values: jax.Array) -> jax.Array:
+        """[batch, length]: for every token what [batch, examples] says of its example; of padding what of the first."""
+        return jnp.take_along_axis(values, jnp.maximum(self.segment_ids - 1, 0), axis=1)
 
 
 @struct.dataclass
@@ -143,6 +148,17 @@ def layout(batch: PackedBatch) -> Layout:
         offset=jnp.where(padding, -1, positions - prompt),
         response_length=jnp.where(padding, 1, of_example(batch.lengths) - prompt),
     )
+
+
+def example_keys(key: jax.Array, batch: PackedBatch, count: int) -> tuple[jax.Array, ...]:
+    """`count` keys [batch, examples] for each example, from (key, example id) alone."""
+    keys = each(lambda i: jax.random.split(jax.random.fold_in(key, i), count))(batch.example_ids)
+    return tuple(jnp.moveaxis(keys, -1, 0))
+
+
+def each(function: Callable) -> Callable:
+    """A function of scalars or keys, of arrays [batch, n] of them."""
+    return jax.vmap(jax.vmap(function))
 
 
 def with_first_positions(inputs: Inputs, batch: PackedBatch) -> Inputs:

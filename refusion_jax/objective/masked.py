@@ -26,6 +26,8 @@ from refusion_jax.objective.common import (
     Term,
     TokenLoss,
     cross_entropy,
+    each,
+    example_keys,
     layout,
     normaliser,
     without_mask,
@@ -169,24 +171,19 @@ class Masked:
     def draw(self, key: jax.Array, batch: PackedBatch, step: jax.Array | float) -> Draws:
         """All that is random, from (key, example id) alone; arguments as in `corrupt`."""
         where = layout(batch)
-        example = jnp.maximum(where.segment_ids - 1, 0)
-        of_token = lambda values: jnp.take_along_axis(values, example, axis=1)
-        uniform = jax.vmap(jax.vmap(jax.random.uniform))
-        at = jax.vmap(jax.vmap(jax.random.fold_in))
-
-        keys = jax.vmap(jax.vmap(lambda i: jax.random.split(jax.random.fold_in(key, i), 4)))(batch.example_ids)
-        level_key, mask_key, block_key, see_key = jnp.moveaxis(keys, -1, 0)
+        uniform, at = each(jax.random.uniform), each(jax.random.fold_in)
+        level_key, mask_key, block_key, see_key = example_keys(key, batch, 4)
         draws = Draws(
-            t=of_token(level(uniform(level_key))),
+            t=where.of_example(level(uniform(level_key))),
             # For every token from its position, so that its number does not depend on the shape of the row.
-            u=uniform(at(of_token(mask_key), where.positions)),
+            u=uniform(at(where.of_example(mask_key), where.positions)),
         )
         if self.block_size:
             blocks = -(-where.response_length // self.block_size)
-            block = jnp.floor(of_token(uniform(block_key)) * blocks).astype(jnp.int32)
+            block = jnp.floor(where.of_example(uniform(block_key)) * blocks).astype(jnp.int32)
             draws = draws.replace(block=jnp.minimum(block, blocks - 1))
         if self.anneal_steps:
-            numbers = jax.vmap(_of_pairs)(at(of_token(see_key), where.positions), where.positions)
+            numbers = jax.vmap(_of_pairs)(at(where.of_example(see_key), where.positions), where.positions)
             draws = draws.replace(seen=numbers < (step + 1) / self.anneal_steps)
         return draws
 
@@ -331,7 +328,5 @@ METHODS = {
     "d3pm": Masked(maskable="all", schedule="log_linear", norm="token", loss="d3pm", diffusion_steps=1000),
     "dream": Masked(alignment="shift", norm="masked"),
     "diffullama": Masked(alignment="shift", norm="masked", anneal_steps=10000),
-    # "diffusionbert": Masked(maskable="all", schedule="spindle", norm="batch", loss="diffusionbert",
-    # diffusion_steps=2048, counts=...)
     "blockwise_sft": Masked(block_size=32, weight="uniform", norm="masked_sequence"),
 }

@@ -38,6 +38,8 @@ def refuse_impossible(objective: Any) -> None:
 
 
 def _impossible(objective: Any) -> list[tuple[bool, str]]:
+    names = ("alignment", "weight", "block_size", "eos_as_one", "anneal_steps")
+    plain = all(getattr(objective, name) == getattr(type(objective), name) for name in names)
     return [
         (
             objective.diffusion_steps > 0
@@ -57,33 +59,14 @@ def _impossible(objective: Any) -> list[tuple[bool, str]]:
             and (
                 (objective.schedule, objective.diffusion_steps > 0, objective.softmax) != ("spindle", True, "raw")
                 or objective.norm not in ("batch", "token")
-                or (
-                    objective.alignment,
-                    objective.weight,
-                    objective.block_size,
-                    objective.eos_as_one,
-                    objective.anneal_steps,
-                )
-                != ("same", "elbo", 0, False, 0)
+                or not plain
             ),
             "objective.loss = 'diffusionbert' needs schedule = 'spindle', a positive diffusion_steps (2048), "
             "norm = 'batch' or 'token', and alignment, weight, softmax, block_size, eos_as_one and anneal_steps at "
             "their defaults. Set these, or loss = 'cross_entropy'.",
         ),
         (
-            objective.loss == "d3pm"
-            and (
-                objective.diffusion_steps == 0
-                or objective.norm != "token"
-                or (
-                    objective.alignment,
-                    objective.weight,
-                    objective.block_size,
-                    objective.eos_as_one,
-                    objective.anneal_steps,
-                )
-                != ("same", "elbo", 0, False, 0)
-            ),
+            objective.loss == "d3pm" and (objective.diffusion_steps == 0 or objective.norm != "token" or not plain),
             "objective.loss = 'd3pm' is a bound that leaves little choice: it needs schedule = 'log_linear', a "
             "positive diffusion_steps (1000) and norm = 'token', and alignment, weight, block_size, eos_as_one and "
             "anneal_steps at their defaults. Set these, or loss = 'cross_entropy'.",

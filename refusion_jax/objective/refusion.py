@@ -23,6 +23,8 @@ from refusion_jax.objective.common import (
     TokenLoss,
     count_in_segment,
     cross_entropy,
+    each,
+    example_keys,
     layout,
     rank_of_group,
 )
@@ -112,8 +114,7 @@ class Refusion:
         where = layout(batch)
         draws = self._draw(key, batch, where)
         causal_examples = self._causal(key, batch)
-        example = jnp.maximum(where.segment_ids - 1, 0)
-        causal = jnp.take_along_axis(causal_examples, example, axis=1) & (where.segment_ids > 0)
+        causal = where.of_example(causal_examples) & (where.segment_ids > 0)
         draws = draws.replace(order=jnp.where(causal, 0.0, draws.order))
         masked = self._masked(where, draws) & ~causal
         clean = (where.offset >= 0) & ~masked
@@ -179,33 +180,23 @@ class Refusion:
 
     def _causal(self, key: jax.Array, batch: PackedBatch) -> jax.Array:
         """[batch, examples] bool: examples that stay clean and in their natural order."""
-        draw = jax.vmap(jax.vmap(lambda i: jax.random.uniform(jax.random.fold_in(jax.random.fold_in(key, i), CAUSAL))))
+        draw = each(lambda i: jax.random.uniform(jax.random.fold_in(jax.random.fold_in(key, i), CAUSAL)))
         return draw(batch.example_ids) < self.causal_share
 
     def _draw(self, key: jax.Array, batch: PackedBatch, where: Layout) -> _Draws:
         """All that is random, from (key, example id) alone."""
-        keys = jax.vmap(jax.vmap(lambda i: jax.random.fold_in(key, i)))(batch.example_ids)
-        size_key, level_key, mask_key, order_key = jnp.moveaxis(
-            jax.vmap(jax.vmap(lambda k: jax.random.split(k, 4)))(keys), -1, 0
-        )
+        size_key, level_key, mask_key, order_key = example_keys(key, batch, 4)
         sizes = jnp.asarray(self.slot_sizes, jnp.int32)
-        size = sizes[jax.vmap(jax.vmap(lambda k: jax.random.randint(k, (), 0, len(self.slot_sizes))))(size_key)]
-        t = jax.vmap(jax.vmap(jax.random.uniform))(level_key)
-        example = jnp.maximum(where.segment_ids - 1, 0)
-
-        def of_example(values):
-            return jnp.take_along_axis(values, example, axis=1)
-
-        size = of_example(size)
+        size = where.of_example(sizes[each(lambda k: jax.random.randint(k, (), 0, len(sizes)))(size_key)])
         # For every token from its slot's index, so that a slot's numbers do not depend on the shape of the row.
         slot = jnp.where(where.offset >= 0, where.offset // size, 0)
-        draw = jax.vmap(jax.vmap(lambda k, s: jax.random.uniform(jax.random.fold_in(k, s))))
+        draw = each(lambda k, s: jax.random.uniform(jax.random.fold_in(k, s)))
         return _Draws(
             size=size,
-            t=of_example(t),
+            t=where.of_example(each(jax.random.uniform)(level_key)),
             slot=slot,
-            mask=draw(of_example(mask_key), slot),
-            order=draw(of_example(order_key), slot),
+            mask=draw(where.of_example(mask_key), slot),
+            order=draw(where.of_example(order_key), slot),
         )
 
     def _masked(self, where: Layout, draws: _Draws) -> jax.Array:

@@ -37,7 +37,7 @@ def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1, *, devices: list |
     if -1 in shape or shape[0] * shape[1] * shape[2] != len(devices):
         raise UserError(
             f"mesh {dict(zip(AXES, shape))} does not fit {len(devices)} devices: the axes must multiply to the number "
-            "of devices. Change config.mesh, or set one axis to -1."
+            "of devices. Change the mesh, or set one axis to -1."
         )
     slices = len(collections.Counter(getattr(d, "slice_index", 0) for d in devices))
     if slices > 1:

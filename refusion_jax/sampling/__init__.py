@@ -1,4 +1,4 @@
-"""Decoding: plan-and-infill and autoregressive, many prompts through one compiled loop.
+"""Decoding: many prompts through one compiled loop, by any of the methods (methods.py).
 
     from refusion_jax.sampling import PlanAndInfillConfig, generate
 

@@ -106,7 +106,7 @@ class BlockConfig(SamplerConfig):
 
     @classmethod
     def suited(cls, model: ModelConfig, objective: Any, given: dict[str, Any]) -> dict[str, Any]:
-        """The objective's block size; BD3-LM's own sampling where the objective is its."""
+        """The objective's block size."""
         given = super().suited(model, objective, given)
         given.setdefault("block_size", min(getattr(objective, "block_size", cls.block_size), MAX_BLOCK))
         return given
