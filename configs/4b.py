@@ -4,4 +4,4 @@ from refusion_jax.recipe import recipe
 
 
 def get_config(argument: str = ""):
-    return recipe("4b", argument, mesh=dict(data=1, fsdp=-1, tensor=1))
+    return recipe("4b", argument)

@@ -12,7 +12,7 @@ from ml_collections import ConfigDict
 
 from refusion_jax.config import model_settings, parse_arguments
 from refusion_jax.model.config import ModelConfig
-from refusion_jax.objective.methods import objective_settings
+from refusion_jax.objective.methods import METHODS, objective_settings
 
 # Byte-level; of each question only what differs. Sums are best written from the right, spelling in any order, sorting
 # and insertion from the left; a word ladder is its own worked steps, each one letter from the one before.
@@ -94,7 +94,7 @@ def get_config(argument: str = "") -> ConfigDict:
                 train=[dict(source, stop=0.98) for source in sources],
                 evaluation=[dict(source, start=0.98) for source in sources],  # prompts that are never trained on
                 max_length=scale["length"],
-                response_multiple=1 if objective["kind"] in ("refusion", "autoregressive") else FILLED,
+                response_multiple=FILLED if METHODS[name].bidirectional else 1,
             ),
             objective=objective,
             optimizer=dict(lr=arg.lr or (6e-4 if large else 3e-3), warmup_steps=steps // 20, b2=0.95),

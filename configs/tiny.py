@@ -7,7 +7,7 @@ from ml_collections import ConfigDict
 
 from refusion_jax.config import model_settings, parse_arguments
 from refusion_jax.model.config import ModelConfig
-from refusion_jax.objective.methods import objective_settings
+from refusion_jax.objective.methods import METHODS, objective_settings
 
 
 def get_config(argument: str = "") -> ConfigDict:
@@ -48,7 +48,7 @@ def get_config(argument: str = "") -> ConfigDict:
                 train=[dict(task, stop=0.98)],
                 evaluation=[dict(task, start=0.98)],  # a part, not another seed: its prompts are never trained on
                 max_length=64,
-                response_multiple=1 if objective["kind"] in ("refusion", "autoregressive") else 12,
+                response_multiple=12 if METHODS[arg.method].bidirectional else 1,
             ),
             objective=objective,
             optimizer=dict(lr=2e-3, warmup_steps=50),

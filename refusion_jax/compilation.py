@@ -18,7 +18,7 @@ HELP = (
 
 
 def keep_programs() -> None:
-    """Makes JAX keep what it compiles from now on; every command calls this first.
+    """Makes JAX keep what it compiles from now on; commands that compile call this first.
 
     A folder that cannot be written is said on stderr and costs nothing else.
     """

@@ -5,11 +5,11 @@ from ml_collections import ConfigDict
 from refusion_jax.config import model_settings, parse_arguments
 
 
-def recipe(size: str, argument: str, *, mesh: dict, accumulation: int = 1, remat: str = "full") -> ConfigDict:
+def recipe(size: str, argument: str) -> ConfigDict:
     """Full fine-tuning of a Qwen3 of that size.
 
-    Arguments of every config: data (a JSON list of query/response records), init_from (weights to start from),
-    tokenizer, batch_size, steps (0: as many as `epochs` take).
+    Arguments of every config: data (a JSON list or JSON lines of query/response records), init_from (weights to start
+    from), tokenizer, batch_size, steps (0: as many as `epochs` take), epochs.
     """
     arg = parse_arguments(
         argument,
@@ -23,7 +23,7 @@ def recipe(size: str, argument: str, *, mesh: dict, accumulation: int = 1, remat
     kind = "jsonl" if arg.data.endswith(".jsonl") else "json"
     return ConfigDict(
         dict(
-            model=model_settings(size, dtype="bfloat16", remat=remat),
+            model=model_settings(size, dtype="bfloat16", remat="full"),
             init_from=arg.init_from,
             data=dict(
                 tokenizer=arg.tokenizer,
@@ -32,11 +32,11 @@ def recipe(size: str, argument: str, *, mesh: dict, accumulation: int = 1, remat
                 max_length=4096,
             ),
             optimizer=dict(lr=2e-5, schedule="cosine", b1=0.9, b2=0.999, eps=1e-8, weight_decay=0.0, clip_norm=1.0),
-            mesh=mesh,
+            mesh=dict(data=1, fsdp=-1, tensor=1),
             steps=arg.steps,
             epochs=arg.epochs,
             batch_size=arg.batch_size,
-            accumulation=accumulation,
+            accumulation=1,
             eval_every=500,
             eval_batches=8,
             checkpoint_every_steps=500,

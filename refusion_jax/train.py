@@ -173,7 +173,7 @@ def check(config: Config, mesh: Mesh) -> None:
             f"config.model.quantise is {config.model.quantise!r}: such weights are for decoding and cannot be trained. "
             "Set config.init_from to the checkpoint that they were converted from, and config.model.quantise to ''."
         )
-    sharding.check_model(config.model, mesh)
+    sharding.check_model(config.model, mesh, sharding.TRAIN_RULES)
     steps_lib.check_batch(config, mesh)
 
 

@@ -1,4 +1,4 @@
-"""The code is formatted and checked as pyproject.toml says, and as short as the project promises."""
+"""The code is formatted and checked as ruff.toml says, and as short as the project promises."""
 
 import subprocess
 import sys
@@ -9,7 +9,10 @@ import pytest
 @pytest.mark.parametrize("command", [["format", "--check"], ["check"]], ids=["format", "check"])
 def test_ruff_has_nothing_to_say(repository, command):
     done = subprocess.run(
-        [sys.executable, "-m", "ruff", *command, "--no-cache", "."], cwd=repository, capture_output=True, text=True
+        [sys.executable, "-m", "ruff", *command, "--config", "tests/ruff.toml", "--no-cache", "."],
+        cwd=repository,
+        capture_output=True,
+        text=True,
     )
     assert done.returncode == 0, done.stdout + done.stderr
 

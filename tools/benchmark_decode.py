@@ -2,17 +2,15 @@
 same process.
 
     python tools/benchmark.py decode --checkpoint runs/tiny --batch 1,8,32
-    python tools/benchmark.py decode --config configs/0p6b.py --batch 1 --prompt-length 128 --gen-length 128 --json
-    decode.json
+    python tools/benchmark.py decode --config configs/0p6b.py --batch 1 --prompt-length 128 --gen-length 128
 
 Every batch size decodes the same prompts, a batch at a time: prefill, then the compiled loop until the slowest row is
 done. Only response tokens up to the first EOS count. The time of a forward is that of a fixed number of steps of the
 same loop.
 
 With --config the weights are random, and so is what they accept: token_threshold is then searched until plan-and-infill
-makes
---tokens-per-forward (before speculation; thresholds are traced: nothing is compiled for it). What such a run measures
-is the time of a forward; tokens per forward of a real model come from a trained one.
+makes --tokens-per-forward (before speculation; thresholds are traced: nothing is compiled for it). What such a run
+measures is the time of a forward; tokens per forward of a real model come from a trained one.
 """
 
 import argparse
@@ -245,7 +243,12 @@ def table(results: list[dict[str, Any]]) -> str:
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
-def main(argv: Sequence[str] | None = None) -> None:
+def arguments_of(argv: Sequence[str] | None) -> argparse.Namespace:
+    """The flags; `batch` as numbers, `prompts` a multiple of each of them.
+
+    Raises:
+      UserError: they do not fit together.
+    """
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_model_arguments(parser, required=False)
     parser.add_argument(
@@ -277,7 +280,6 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--json", type=pathlib.Path, metavar="FILE", help="write the figures there too")
     add_sampler_arguments(parser)
     arguments = parser.parse_args(argv)
-    logging.set_verbosity(logging.ERROR)
     if bool(arguments.checkpoint) == bool(arguments.config):
         raise UserError("Say what to measure: either --checkpoint DIR, or --config FILE for random weights.")
     try:
@@ -289,18 +291,24 @@ def main(argv: Sequence[str] | None = None) -> None:
             f"--batch is {arguments.batch!r} and --forwards {arguments.forwards}; give numbers of at least 1, such as "
             "--batch 1,8,32."
         )
-    count = arguments.prompts or max(batches)
-    if any(count % batch for batch in batches):
+    arguments.prompts = arguments.prompts or max(batches)
+    if any(arguments.prompts % batch for batch in batches):
         raise UserError(
-            f"--prompts {count} is not a multiple of every batch size in --batch {arguments.batch}; batches are "
-            "decoded whole."
+            f"--prompts {arguments.prompts} is not a multiple of every batch size in --batch {arguments.batch}; "
+            "batches are decoded whole."
         )
+    arguments.batch = batches
+    return arguments
 
+
+def main(argv: Sequence[str] | None = None) -> None:
+    arguments = arguments_of(argv)
+    logging.set_verbosity(logging.ERROR)
     decoder = (
         random_decoder(load_config(arguments.config).model, arguments) if arguments.config else decoder_of(arguments)
     )
     model = decoder.model
-    prompts = prompts_of(arguments, decoder, count)
+    prompts = prompts_of(arguments, decoder, arguments.prompts)
 
     device, rate = jax.devices()[0], bandwidth()
     print(
@@ -309,7 +317,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     speculations = [arguments.speculate] if arguments.speculate else ["off", "on"]
     results, threshold = [], None
-    for batch in batches:
+    for batch in arguments.batch:
         for method, speculate in [("autoregressive", "off"), *(("plan_and_infill", s) for s in speculations)]:
             if arguments.method not in (None, method):
                 continue

@@ -3,8 +3,7 @@
     python tools/benchmark.py serve --checkpoint runs/quickstart --clients 16 --requests 200 --gen-length 32
     python tools/benchmark.py serve --checkpoint runs/8b --mesh 1,1,4 --rate 20 --answer-lengths 64,256
 
-The server runs in this process, on loopback, with the flags of `python -m refusion_jax.serve`; the clients run in
-another.
+The server runs in this process, on loopback, with the flags of `python -m refusion_jax.serve`; the clients in another.
 `generate` answers the same prompts with as many rows and all of them at hand: what a server can reach at best.
 One at a time: a client that waits for each answer before it asks again.
 """

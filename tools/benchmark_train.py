@@ -193,6 +193,23 @@ def table(results: list[dict]) -> str:
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
+def rows_of(config: Config, length: int, synthetic: bool) -> pipeline.Rows:
+    """Rows of so many tokens: the config's data, or random ones."""
+    most = config.data.max_examples_per_row
+    if synthetic:
+        with tempfile.TemporaryDirectory() as folder:
+            return synthetic_rows(20000, folder, length, config.model.logical_vocab_size - 2, most)
+    return pipeline.load_rows(
+        config.data.train,
+        load_tokenizer(config.data.tokenizer),
+        cache_dir=config.data.cache_dir or "runs/benchmark-cache",
+        max_length=length,
+        max_examples_per_row=most,
+        response_multiple=config.data.response_multiple,
+        seed=config.seed,
+    )
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_config_arguments(parser)
@@ -232,21 +249,7 @@ def main() -> None:
             data=dataclasses.replace(config.data, max_length=length),
             model=dataclasses.replace(config.model, remat=remat, attention=attention),
         )
-        if arguments.synthetic:
-            vocab_size, most = config.model.logical_vocab_size - 2, config.data.max_examples_per_row
-            with tempfile.TemporaryDirectory() as folder:
-                rows = synthetic_rows(20000, folder, length, vocab_size, most)
-        else:
-            options = dict(
-                max_length=length,
-                max_examples_per_row=config.data.max_examples_per_row,
-                response_multiple=config.data.response_multiple,
-                seed=config.seed,
-            )
-            cache = config.data.cache_dir or "runs/benchmark-cache"
-            rows = pipeline.load_rows(
-                config.data.train, load_tokenizer(config.data.tokenizer), cache_dir=cache, **options
-            )
+        rows = rows_of(config, length, arguments.synthetic)
         profile = arguments.profile and arguments.profile / f"batch{batch}-length{length}-{remat}-{attention}"
         result = measure(case, rows, arguments.steps, profile) | {"input": input_rate(rows, batch)}
         if matmul:

@@ -149,7 +149,7 @@ def decode_weights(model: ModelConfig, mesh: Mesh) -> dict:
     """Abstract parameters of a decoding model, in its compute dtype or quantised, as they lie on the mesh."""
     stacked = nn.unbox(sharding.abstract_params(model))
     specs = sharding.param_specs(model, sharding.DECODE_RULES)
-    sharding.check_model(model, mesh)
+    sharding.check_model(model, mesh, sharding.DECODE_RULES)
     dtype = lambda p: p.dtype if model.quantise else model.dtype
     place = lambda p, spec: jax.ShapeDtypeStruct(p.shape, dtype(p), sharding=NamedSharding(mesh, spec))
     if model.scan_layers:

@@ -20,6 +20,7 @@ from refusion_jax.errors import UserError
 
 DTYPES = {"F32": np.dtype(np.float32), "F16": np.dtype(np.float16), "BF16": np.dtype(ml_dtypes.bfloat16)}
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
+SHOWN = 20  # problems of a checkpoint in one message
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 
 
@@ -117,10 +118,10 @@ def read_folder(folder: pathlib.Path) -> tuple[dict[str, Tensor], list[str]]:
     return tensors, problems
 
 
-def listed(problems: Sequence[str], limit: int = 20) -> str:
+def listed(problems: Sequence[str]) -> str:
     """'3 problems: (1) ...; (2) ...; (3) ....'"""
-    shown = "; ".join(f"({i + 1}) {p}" for i, p in enumerate(problems[:limit]))
-    rest = f"; and {len(problems) - limit} more" if len(problems) > limit else ""
+    shown = "; ".join(f"({i + 1}) {p}" for i, p in enumerate(problems[:SHOWN]))
+    rest = f"; and {len(problems) - SHOWN} more" if len(problems) > SHOWN else ""
     return f"{len(problems)} problem{'s' * (len(problems) > 1)}: {shown}{rest}."
 
 

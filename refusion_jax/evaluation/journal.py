@@ -8,10 +8,9 @@ from collections.abc import Iterable, Iterator
 from typing import Any
 
 import jax
-import numpy as np
-from jax.experimental import multihost_utils
 
 from refusion_jax.errors import UserError
+from refusion_jax.parallel import distributed
 
 
 @dataclasses.dataclass(frozen=True)
@@ -140,10 +139,7 @@ def all_of(records: list[Record]) -> list[Record]:
     """The records of all processes, in their order."""
     if jax.process_count() == 1:
         return records
-    own = np.frombuffer(json.dumps([dataclasses.asdict(record) for record in records]).encode(), np.uint8)
-    sizes = multihost_utils.process_allgather(np.int32(own.size)).reshape(-1)
-    everyone = multihost_utils.process_allgather(np.pad(own, (0, sizes.max() - own.size)))
-    told = [json.loads(row[:size].tobytes()) for row, size in zip(everyone, sizes, strict=True)]
+    told = distributed.of_all([dataclasses.asdict(record) for record in records])
     return [Record(**fields) for of_process in told for fields in of_process]
 
 

@@ -12,7 +12,6 @@ tokens, each seeing those before it, and one mask for each slot that sees the cl
 Other methods have a bound from below, an estimate from draws (objective/likelihood.py).
 """
 
-import dataclasses
 import functools
 from collections.abc import Sequence
 from typing import Any
@@ -33,7 +32,7 @@ from refusion_jax.objective import likelihood as bounds
 from refusion_jax.objective.common import cross_entropy
 from refusion_jax.parallel import sharding
 from refusion_jax.sampling import SamplerConfig
-from refusion_jax.sampling.programs import scans
+from refusion_jax.sampling.programs import decode_model
 
 Pair = tuple[Sequence[int], Sequence[int]]  # ids of a context, which is not empty, and of its continuation
 WIDTH = 64  # rows are padded to a power of two times this
@@ -114,7 +113,7 @@ def log_likelihoods(
 def _bounds(
     decoder: Decoder, pairs: Sequence[Pair], batch_size: int, samples: int, numbers: Sequence[int] | None
 ) -> list[tuple[float, bool]]:
-    model = dataclasses.replace(decoder.model, remat="none", scan_layers=scans(decoder.mesh))
+    model = decode_model(decoder.model, decoder.mesh)
     prompts, answers = [context for context, _ in pairs], [continuation for _, continuation in pairs]
     found = bounds.log_likelihood(
         decoder.objective,
@@ -160,8 +159,7 @@ def _rows(pairs: Sequence[Pair], batch: int, slot: int, mask_id: int | None) -> 
 
 @functools.cache
 def _program(model: ModelConfig, mesh: Any) -> sharding.OnMesh:
-    model = dataclasses.replace(model, remat="none", scan_layers=scans(mesh))
-    return sharding.OnMesh(mesh, sharding.DECODE_RULES, functools.partial(_score, model))
+    return sharding.OnMesh(mesh, sharding.DECODE_RULES, functools.partial(_score, decode_model(model, mesh)))
 
 
 def _score(model: ModelConfig, params: dict, rows: Rows) -> tuple[jax.Array, jax.Array]:

@@ -1,6 +1,6 @@
 """Runs one program and ends it and all that it started: the inner half of sandbox.py, a script of its own.
 
-    python -I supervisor.py '{"program": FILE, "folder": DIR, "token": TEXT, "seconds": 10, ...}'
+    python -I supervisor.py '{"folder": DIR, "token": TEXT, "seconds": 10, ...}' < PROGRAM
 
 It prints one JSON object: {"passed": bool, "reason": text}. Where it may (as the first process of new namespaces), it
 first makes all file systems read-only and puts a small one into `folder`.

@@ -111,21 +111,21 @@ def _rows_forward(causal, context, q, k, v):
     return out, (context, q, k, v, out, normaliser)
 
 
-def _rows_backward(causal, residuals, slope):
+def _rows_backward(causal, residuals, cotangent):
     def one_row(row):
-        row, q, k, v, out, slope, normaliser = row
-        dot = jnp.sum(slope.astype(jnp.float32) * out.astype(jnp.float32), axis=-1)  # [block, K, G * T]
+        row, q, k, v, out, cotangent, normaliser = row
+        dot = jnp.sum(cotangent.astype(jnp.float32) * out.astype(jnp.float32), axis=-1)  # [block, K, G * T]
 
         def add(state, i, j, mask):
             d_q, d_k, d_v = state  # [K, G * T, H], [K, S, H], [K, S, H]
             mask = jnp.tile(mask, (groups, 1))
             weights = jnp.where(mask, jnp.exp(_scores(q[i], k[j]) - normaliser[i][..., None]), 0.0)
-            d_weights = _product("KMH,KSH->KMS", slope[i], v[j]) - dot[i][..., None]
+            d_weights = _product("KMH,KSH->KMS", cotangent[i], v[j]) - dot[i][..., None]
             d_scores = (weights * d_weights * q.shape[-1] ** -0.5).astype(q.dtype)
             return (
                 d_q + _product("KMS,KSH->KMH", d_scores, k[j]),
                 d_k + _product("KMS,KMH->KSH", d_scores, q[i]),
-                d_v + _product("KMS,KMH->KSH", weights.astype(v.dtype), slope[i]),
+                d_v + _product("KMS,KMH->KSH", weights.astype(v.dtype), cotangent[i]),
             )
 
         start = jnp.zeros(q.shape), jnp.zeros(k.shape), jnp.zeros(k.shape)
@@ -135,7 +135,7 @@ def _rows_backward(causal, residuals, slope):
     batch, length, heads = q.shape[:3]
     kv_heads = k.shape[2]
     groups = heads // kv_heads
-    parts = jnp.arange(batch), *(_split(x, kv_heads) for x in (q, k, v, out, slope)), normaliser
+    parts = jnp.arange(batch), *(_split(x, kv_heads) for x in (q, k, v, out, cotangent)), normaliser
     found = jax.lax.map(one_row, parts)
     return None, *(_join(x, like) for x, like in zip(found, (q, k, v), strict=True))
 

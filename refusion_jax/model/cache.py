@@ -38,10 +38,9 @@ class KVCache:
     features: Any = None
 
     @classmethod
-    def empty(cls, config: ModelConfig, batch: int, cache_length: int, dtype: str | None = None) -> "KVCache":
-        """A cache of `batch` rows with nothing in it, stored as `dtype` (default: the model's compute dtype)."""
-        dtype = jnp.dtype(dtype or config.dtype)
-        shape = (batch, config.num_kv_heads, cache_length, config.head_dim)
+    def empty(cls, config: ModelConfig, batch: int, cache_length: int) -> "KVCache":
+        """A cache of `batch` rows with nothing in it, in the model's compute dtype."""
+        dtype, shape = jnp.dtype(config.dtype), (batch, config.num_kv_heads, cache_length, config.head_dim)
         if config.scan_layers:
             zeros = lambda: jnp.zeros((config.num_layers, *shape), dtype)
         else:

@@ -73,7 +73,7 @@ def choose(implementation: str, platform: str, kind: str, length: int, head_dim:
 def runs_cudnn(platform: str, kind: str, head_dim: int, dtype: str) -> bool:
     """Whether cuDNN's flash attention exists for a device: NVIDIA's from Ampere on are called so, AMD's are not."""
     nvidia = platform in ("gpu", "cuda") and kind.startswith("NVIDIA")
-    return nvidia and dtype in ("bfloat16", "float16") and head_dim % 8 == 0 and head_dim <= 128
+    return nvidia and dtype == "bfloat16" and head_dim % 8 == 0 and head_dim <= 128
 
 
 def per_device(attention: Callable, q: jax.Array, k: jax.Array, v: jax.Array, segment_ids: jax.Array) -> jax.Array:

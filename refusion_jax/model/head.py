@@ -93,9 +93,9 @@ def over_vocabulary(
         def one(total, part):
             hidden, per_token, slopes = part
             _, pull = jax.vjp(lambda logits: _real(reduce(logits, per_token)), logits_of(table, hidden))
-            slope = pull(slopes)[0].astype(hidden.dtype)
-            total += jnp.einsum("STV,STD->SVD", slope, hidden, preferred_element_type=jnp.float32)
-            return nn.with_logical_constraint(total, (rows, "vocab", None)), jnp.einsum("STV,VD->STD", slope, table)
+            cotangent = pull(slopes)[0].astype(hidden.dtype)
+            total += jnp.einsum("STV,STD->SVD", cotangent, hidden, preferred_element_type=jnp.float32)
+            return nn.with_logical_constraint(total, (rows, "vocab", None)), jnp.einsum("STV,VD->STD", cotangent, table)
 
         zero = nn.with_logical_constraint(jnp.zeros((shards, *table.shape), jnp.float32), (rows, "vocab", None))
         total, of_hidden = jax.lax.scan(one, zero, jax.tree.map(split, (hidden, per_token, _real(slopes))))

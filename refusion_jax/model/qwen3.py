@@ -45,10 +45,7 @@ class Qwen3(nn.Module):
         embedding, scale = layers.Table(c, name="embed")()
         if not c.tie_embeddings:
             layers.Table(c, name="head")()
-        if scale is None:
-            x = tables.look_up(embedding, tokens, c.dtype)
-        else:
-            x = layers.scaled(embedding[tokens].astype(c.dtype), scale[tokens][..., None])
+        x = tables.embedded(embedding, scale, tokens, c.dtype)
         x = nn.with_logical_constraint(x, ("batch", "length", "hidden"))
         angles = layers.rotary_angles(positions, c.head_dim, c.rope_base)
 

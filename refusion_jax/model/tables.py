@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jax.sharding import PartitionSpec
 
-from refusion_jax.model.layers import devices_over
+from refusion_jax.model.layers import devices_over, scaled
 
 
 def batch_shards(batch: int) -> int:
@@ -26,6 +26,13 @@ def gathered(table: jax.Array, dtype: jax.typing.DTypeLike) -> jax.Array:
     return nn.with_logical_constraint(table.astype(dtype), ("vocab", None))
 
 
+def embedded(table: jax.Array, scale: jax.Array | None, tokens: jax.Array, dtype: str) -> jax.Array:
+    """Rows [batch, length, hidden] of tokens [batch, length] in `dtype`; of an int8 table times `scale` [vocab]."""
+    if scale is None:
+        return look_up(table, tokens, dtype)
+    return scaled(table[tokens].astype(dtype), scale[tokens][..., None])
+
+
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
 def look_up(table: jax.Array, tokens: jax.Array, dtype: str) -> jax.Array:
     """Rows [batch, length, hidden] of tokens [batch, length] in `dtype`; the gradient of a row is summed in float32."""
@@ -37,29 +44,29 @@ def _look_up_forward(table, tokens, dtype):
     return look_up(table, tokens, dtype), (tokens, table)
 
 
-def _look_up_backward(dtype, residuals, slope):
+def _look_up_backward(dtype, residuals, cotangent):
     tokens, table = residuals
     vocab, hidden = table.shape
     own = vocab // devices_over("vocab")
 
-    def scatter(tokens, slope):
+    def scatter(tokens, cotangent):
         """[row, token], [row, token, hidden] of this device -> [own, hidden] for its part of the vocabulary."""
         names = _axes("vocab")
         row = tokens - own * jax.lax.axis_index(names) if names else tokens
         row = jnp.where((row >= 0) & (row < own), row, own)
-        return jnp.zeros((own, hidden), jnp.float32).at[row].add(slope.astype(jnp.float32), mode="drop")
+        return jnp.zeros((own, hidden), jnp.float32).at[row].add(cotangent.astype(jnp.float32), mode="drop")
 
     if batch_shards(len(tokens)) == 1:
-        return jnp.zeros((vocab, hidden), jnp.float32).at[tokens].add(slope.astype(jnp.float32)).astype(
+        return jnp.zeros((vocab, hidden), jnp.float32).at[tokens].add(cotangent.astype(jnp.float32)).astype(
             table.dtype
         ), None
     rows = PartitionSpec(_axes("batch"))
     total = jax.shard_map(
-        lambda tokens, slope: _reduce(scatter(tokens, slope), slope.dtype),
+        lambda tokens, cotangent: _reduce(scatter(tokens, cotangent), cotangent.dtype),
         in_specs=(rows, rows),
         out_specs=nn.logical_to_mesh_axes(("vocab", "embed")),
         check_vma=False,
-    )(tokens, slope)
+    )(tokens, cotangent)
     return total.astype(table.dtype), None
 
 

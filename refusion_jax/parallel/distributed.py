@@ -25,6 +25,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator, Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -100,6 +101,14 @@ def describe(mesh: jax.sharding.Mesh, batch_size: int) -> None:
         _say(f"mesh {axes}; global batch {batch_size} rows, {shares}")
 
 
+def of_all(value: Any) -> list[Any]:
+    """What JSON can hold, of every process, in their order; a collective where there are several."""
+    own = np.frombuffer(json.dumps(value).encode(), np.uint8)
+    sizes = multihost_utils.process_allgather(np.int32(own.size)).reshape(-1)
+    everyone = multihost_utils.process_allgather(np.pad(own, (0, sizes.max() - own.size))).reshape(len(sizes), -1)
+    return [json.loads(row[:size].tobytes()) for row, size in zip(everyone, sizes, strict=True)]
+
+
 def check_same_config(
     config_json: str, what: str = "config", remedy: str = "Start all of them with the same config file and flags"
 ) -> None:
@@ -114,10 +123,7 @@ def check_same_config(
     """
     if jax.process_count() == 1:
         return
-    own = np.frombuffer(config_json.encode(), np.uint8)
-    sizes = multihost_utils.process_allgather(np.int32(own.size)).reshape(-1)
-    everyone = multihost_utils.process_allgather(np.pad(own, (0, sizes.max() - own.size)))  # [process, byte]
-    configs = [_flatten(json.loads(row[:size].tobytes())) for row, size in zip(everyone, sizes, strict=True)]
+    configs = [_flatten(config) for config in of_all(json.loads(config_json))]
     for index, config in enumerate(configs):
         for field in sorted(configs[0] | config):
             ours, theirs = configs[0].get(field, "nothing"), config.get(field, "nothing")

@@ -60,9 +60,10 @@ class OnMesh:
         return use(self._mesh, self._rules) if self._mesh else contextlib.nullcontext()
 
 
-def check_model(config: ModelConfig, mesh: Mesh) -> None:
-    """Raises a UserError where the mesh does not divide the model."""
-    tensor, fsdp = mesh.shape["tensor"], mesh.shape["fsdp"]
+def check_model(config: ModelConfig, mesh: Mesh, rules: Rules) -> None:
+    """Raises a UserError where the mesh does not divide the model, as the rules split it."""
+    tensor = mesh.shape["tensor"]
+    fsdp = mesh.shape["fsdp"] if dict(rules)["embed"] else 1
     for name, axis, size in (
         ("num_heads", "tensor", tensor),
         ("num_kv_heads", "tensor", tensor),
@@ -73,8 +74,7 @@ def check_model(config: ModelConfig, mesh: Mesh) -> None:
         value = getattr(config, name)
         if value % size:
             raise UserError(
-                f"The mesh axis {axis} = {size} does not divide model.{name} = {value}. Choose a config.mesh.{axis} "
-                "that does."
+                f"The mesh axis {axis} = {size} does not divide model.{name} = {value}. Choose a mesh that does."
             )
 
 
@@ -90,7 +90,7 @@ def param_specs(config: ModelConfig, rules: Rules) -> dict:
 
 def param_shardings(config: ModelConfig, mesh: Mesh, rules: Rules) -> dict:
     """Tree of NamedShardings of the (unboxed) parameters."""
-    check_model(config, mesh)
+    check_model(config, mesh, rules)
     return jax.tree.map(
         lambda spec: NamedSharding(mesh, spec),
         param_specs(config, rules),

@@ -141,7 +141,8 @@ def forward(
     attention = layers.Attention(model)
 
     attended, transformed = list(cache.features.attention), list(cache.features.mlp)
-    x = _embedded(model, params, text.tokens)
+    table = params["embed"]
+    x = tables.embedded(table["embedding"], table.get("embedding_scale"), text.tokens, model.dtype)
     for layer in range(model.num_layers):
         p = params[f"layer_{layer}"] if "layers" not in params else jax.tree.map(lambda x: x[layer], params["layers"])
         y, at = norm(p["attention_norm"], x), text.positions
@@ -172,13 +173,6 @@ def forward(
         x = nn.with_logical_constraint(x + transformed[layer], ("batch", "length", "hidden"))
     features = Features(tuple(attended), tuple(transformed))
     return norm(params["final_norm"], x), cache.replace(features=features)
-
-
-def _embedded(model: ModelConfig, params: dict, tokens: jax.Array) -> jax.Array:
-    table = params["embed"]["embedding"]
-    if not model.quantise:
-        return tables.look_up(table, tokens, model.dtype)
-    return layers.scaled(table[tokens].astype(model.dtype), params["embed"]["embedding_scale"][tokens][..., None])
 
 
 def _take(x: jax.Array, at: jax.Array) -> jax.Array:

@@ -1,11 +1,11 @@
 """What is compiled for decoding: the loop of a sampler over a batch, and the prefill of prompts.
 
-A sampler (plan_and_infill.py, autoregressive.py, masked.py) is a frozen, hashable dataclass with `model`, `length` (of
-an answer), `widths` (tokens that a forward may take, ascending), `window` (the last of them), `free` (tokens that a row
-may always fill), `held_back` (prompt tokens left to the first window), and functions of one row: `start(request) ->
-row`, `needed(row) -> tokens`, `ask(row, room) -> window`, `advance(row, window, seen) -> (row, tokens committed)`. A
-process compiles one loop for each (sampler, batch, length of the cache), and prefills of a few widths; settings of a
-request are traced.
+A sampler (plan_and_infill.py, speculative.py, masked.py, block.py, ..) is a frozen, hashable dataclass with `model`,
+`length` (of an answer), `widths` (tokens that a forward may take, ascending), `window` (the last of them), `free`
+(tokens that a row may always fill), `held_back` (prompt tokens left to the first window), and functions of one row:
+`start(request) -> row`, `needed(row) -> tokens`, `ask(row, room) -> window`, `advance(row, window, seen) -> (row,
+tokens committed)`. A process compiles one loop for each (sampler, batch, length of the cache), and prefills of a few
+widths; settings of a request are traced.
 
 With `in_place` a window overwrites the entries of its positions and may be as wide as the cache, a row holds its
 `prompt` [cache_length] and forwards it itself, and `window.at` says which tokens' logits are asked for.
@@ -69,8 +69,7 @@ def scans(mesh: Mesh | None) -> bool:
 
 def make_sampler(model: ModelConfig, config: SamplerConfig, batch: int, mesh: Mesh | None = None) -> Any:
     """The static part of a decoding with these settings: what compiled programs are kept by."""
-    model = dataclasses.replace(model, remat="none", scan_layers=scans(mesh))
-    return config.sampler(model, batch, _platform(mesh))
+    return config.sampler(decode_model(model, mesh), batch, _platform(mesh))
 
 
 def cache_bucket(entries: int) -> int:
@@ -280,6 +279,11 @@ def programs(sampler: Any, mesh: Mesh | None) -> Programs:
         take=on_mesh(prefixes.take),
         put=on_mesh(prefixes.put, donate_argnums=0),
     )
+
+
+def decode_model(model: ModelConfig, mesh: Mesh | None = None) -> ModelConfig:
+    """The model that takes `decode_params`."""
+    return dataclasses.replace(model, remat="none", scan_layers=scans(mesh))
 
 
 def decode_params(params: dict, mesh: Mesh | None = None) -> dict:

@@ -2,7 +2,7 @@
 answer.
 
     device = Device({"plan_and_infill": make_engine}, make_scorer, max_waiting=256, observer=metrics)
-    device.start()              # compiles everything; then device.ready
+    device.start()              # compiles everything; then device.state is READY
     device.submit([job])        # from any thread; the job's `notify` is called, in this thread, when something changes
     job.cancelled = "abort"     # its row is free after the current turn
 

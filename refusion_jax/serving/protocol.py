@@ -17,7 +17,6 @@ from refusion_jax.sampling.config import MAX_STOP_IDS, check_prompts
 
 MAX_STOPS = 16
 MAX_CHOICES = 128  # n
-MAX_DEPTH = 100  # of a body's lists and objects
 COMPLETION_TOKENS = 16  # an answer of /v1/completions where max_tokens is not given
 NEUTRAL = {"frequency_penalty": 0, "presence_penalty": 0, "repetition_penalty": 1, "min_p": 0, "min_tokens": 0}
 ABSENT = (
@@ -74,7 +73,7 @@ class Request:
       logprobs: None: not asked for; else whether the most probable token is to be named too.
       echo: the answer begins with the prompt.
       suffix: ids of what stands behind the answer; the answer then fills `limit` positions before it.
-      stream, include_usage, slots, diffusing: as in README.md.
+      stream, include_usage, slots, diffusing: as page/api.html says.
       timeout: seconds the client waits; None: as long as the server does.
     """
 

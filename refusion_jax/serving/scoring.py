@@ -13,7 +13,7 @@ from refusion_jax.model.attention import Packed
 from refusion_jax.model.head import over_vocabulary
 from refusion_jax.model.qwen3 import Qwen3
 from refusion_jax.parallel import sharding
-from refusion_jax.sampling.programs import scans
+from refusion_jax.sampling.programs import decode_model
 
 SHORTEST = 128
 
@@ -41,7 +41,7 @@ class Scorer:
         self._params, self._rows = decoder.params, decoder.mesh.shape["data"] * decoder.mesh.shape["fsdp"]
         longest = max(0, math.ceil(math.log2(max_length / SHORTEST)))
         self._lengths = [SHORTEST << i for i in range(longest + 1)]
-        model = dataclasses.replace(decoder.model, remat="none", scan_layers=scans(decoder.mesh))
+        model = decode_model(decoder.model, decoder.mesh)
 
         def score(params, tokens, count):
             """tokens [row, length], of which only the first row's first `count` are looked at."""
