@@ -13,7 +13,7 @@ import argparse
 import dataclasses
 import json
 import pathlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -162,7 +162,7 @@ class Decoder:
         """
         requests = [request(t, self.tokenizer, self.model, config, i, seed) for i, t in enumerate(templates)]
         longest = max((len(r.tokens) for r in requests), default=0)
-        batch = min(batch_size, len(requests)) or 1
+        batch = min(batch_size, max(1, len(requests)))
         engine = Engine(self.params, self.model, config, batch, max_prompt_length=longest, mesh=self.mesh)
         answers = sorted(serve(engine, requests), key=lambda answer: answer.index)
         return [filled(template, self.tokenizer, answer) for template, answer in zip(templates, answers)]
@@ -217,7 +217,18 @@ def read_settings(path: pathlib.Path | None) -> dict[str, Any]:
         raise UserError(f"Cannot read --settings {path}: {error}. Give a file with one JSON object.") from None
     if not isinstance(found, dict):
         raise UserError(f"--settings {path} holds a {type(found).__name__}; it must be one JSON object.")
+    strange = [name for name, value in found.items() if by_task(found) and not isinstance(value, dict)]
+    if strange:
+        raise UserError(
+            f"--settings {path} has {strange[0]!r} = {found[strange[0]]!r} beside settings by task; put it into those "
+            "of the tasks that it is for."
+        )
     return found
+
+
+def by_task(settings: Mapping[str, Any]) -> bool:
+    """Whether what a file of --settings holds is for each task its own."""
+    return any(isinstance(value, dict) for value in settings.values())
 
 
 def parse_mesh(text: str) -> Mesh:
@@ -347,7 +358,7 @@ def flags_given(arguments: argparse.Namespace, names: Iterable[str]) -> dict[str
 def _settings_of_file(arguments: argparse.Namespace) -> dict[str, Any]:
     """Those that --settings holds, for --task where it has them by task."""
     found, task = read_settings(arguments.settings), arguments.task
-    if not any(isinstance(value, dict) for value in found.values()):
+    if not by_task(found):
         return found
     if task not in found and (task or len(found) > 1):
         raise UserError(

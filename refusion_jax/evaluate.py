@@ -18,11 +18,13 @@ import jax
 from absl import logging
 
 from refusion_jax import compilation
+from refusion_jax.checkpoint import load
 from refusion_jax.decoder import (
     Decoder,
     add_batch_arguments,
     add_model_arguments,
     add_sampler_arguments,
+    by_task,
     decoder_of,
     read_settings,
 )
@@ -92,6 +94,11 @@ def evaluate(arguments: argparse.Namespace) -> list[run.Result]:
     """Runs all tasks, one after the other; every process the same ones."""
     if arguments.limit < 0:
         raise UserError(f"--limit is {arguments.limit}; give a number of documents, or 0 for all.")
+    if arguments.batch_size < 1 or not 0 <= arguments.seed < 2**32:
+        raise UserError(
+            f"--batch-size is {arguments.batch_size} and --seed {arguments.seed}; give a batch size of at least 1 and "
+            "a seed from 0 to 4294967295."
+        )
     files, tuned = files_of(arguments.data), read_settings(arguments.settings)
     found = [
         pair
@@ -106,6 +113,10 @@ def evaluate(arguments: argparse.Namespace) -> list[run.Result]:
         )
     if code and jax.process_index() == 0:
         print(f"sandbox: {sandbox.strength()}")
+    known = (*(benchmark.name for benchmark, _ in found), *documents.known_names())
+    strange = [name for name in tuned if by_task(tuned) and name not in known]
+    if strange:
+        raise UserError(f"--settings {arguments.settings} has settings for {strange[0]!r}, which is no task.")
     decoder = decoder_of(arguments)
     results = []
     for benchmark, chosen in found:
@@ -126,7 +137,8 @@ def one(
     """The result of a task; nothing on all processes but the first."""
     name = benchmark.name
     told = {name: getattr(arguments, name) for name in ("checkpoint", "step", "dtype", "tokenizer", "seed")}
-    settings = told | {"method": config.method} | dataclasses.asdict(config)
+    weights = load.fingerprint(arguments.checkpoint, arguments.step)  # a run has others when it has gone on
+    settings = told | {"weights": weights, "method": config.method} | dataclasses.asdict(config)
     answers = arguments.out / "answers"
     check_settings(answers / f"{name}.json", settings)
     journal = Journal(answers, name)
@@ -154,7 +166,7 @@ def config_of(
     """The sampler's settings for a task: flags, then the file's, then the authors', then what suits model and task."""
     flags = {name: getattr(arguments, name) for method in METHODS.values() for name in fields_of(method)}
     given = {name: value for name, value in flags.items() if value is not None}
-    of_file = tuned.get(benchmark.name, tuned if not any(isinstance(v, dict) for v in tuned.values()) else {})
+    of_file = tuned.get(benchmark.name, {}) if by_task(tuned) else tuned
     method = suited(decoder.objective, arguments.method or of_file.get("method"))
     settings: dict[str, Any] = {}
     if all("response" in document for document in chosen):

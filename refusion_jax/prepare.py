@@ -138,8 +138,11 @@ def fill(
 ) -> None:
     """Makes this worker's shards of a source."""
     mine = range(worker[0], len(planned["shards"]), worker[1])
-    progress = Progress(f"tokenising {planned['source']}: shard", len(mine))
-    for done, _ in enumerate(mapped(functools.partial(_shard, config, tokenizer, planned["shards"], folder), mine), 1):
+    missing = [number for number in mine if not preparation.finished(folder, number)]
+    begun = len(mine) - len(missing)
+    progress = Progress(f"tokenising {planned['source']}: shard", len(mine), begun=begun)
+    shard = functools.partial(_shard, config, tokenizer, planned["shards"], folder)
+    for done, _ in enumerate(mapped(shard, missing), begun + 1):
         progress.show(done)
     progress.say(f"{planned['source']}: this worker's {len(mine)} shards are finished")
 

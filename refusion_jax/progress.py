@@ -11,17 +11,25 @@ class Progress:
     """One line: rewritten in place on a terminal, a line now and then in a log."""
 
     def __init__(
-        self, what: str, total: int, *, stream: TextIO | None = None, every: float = 10.0, enabled: bool = True
+        self,
+        what: str,
+        total: int,
+        *,
+        begun: int = 0,
+        stream: TextIO | None = None,
+        every: float = 10.0,
+        enabled: bool = True,
     ):
         """
         Args:
           what: is counted, such as "step".
           total: how many there will be.
+          begun: how many are done already, and say nothing of the time that the others take.
           stream: where to write; None: stderr.
           every: least seconds between two lines of a log; a terminal's line changes ten times a second at most. 0: all.
           enabled: False writes nothing, for all processes but the first.
         """
-        self._what, self._total, self._enabled = what, total, enabled
+        self._what, self._total, self._begun, self._enabled = what, total, begun, enabled
         self._stream = stream or sys.stderr
         self._live = self._stream.isatty()
         self._every = min(every, 0.1) if self._live else every
@@ -39,7 +47,8 @@ class Progress:
             return
         self._shown = now
         if eta is None:
-            eta = (now - self._start) / done * (self._total - done) if done else math.inf
+            own = done - self._begun
+            eta = (now - self._start) / own * (self._total - done) if own else math.inf
         words = [
             f"{name} {value if isinstance(value, str) else short(value)}" for name, value in (values or {}).items()
         ]

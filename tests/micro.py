@@ -63,14 +63,14 @@ def write_examples(path, count: int = 60) -> None:
     path.write_text(json.dumps(examples))
 
 
-def save_run(folder, config: Config) -> None:
+def save_run(folder, config: Config, step: int = 1) -> None:
     """Fills a run's folder: a checkpoint whose random weights are so large that the model is sure of what it says."""
-    params = nn.unbox(init_params(config.model, jax.random.key(3)))
+    params = nn.unbox(init_params(config.model, jax.random.key(2 + step)))
     params["embed"]["embedding"] *= 60
     load_tokenizer("bytes").save(folder / "tokenizer")
-    meta = orbax.make_meta(config.model, step=1, tokenizer="bytes", config=json.loads(config.to_json()))
+    meta = orbax.make_meta(config.model, step=step, tokenizer="bytes", config=json.loads(config.to_json()))
     checkpoints = orbax.Checkpoints(folder)
-    checkpoints.save(TrainState(jax.numpy.int32(1), params, {}, {}), 0, meta)
+    checkpoints.save(TrainState(jax.numpy.int32(step), params, {}, {}), 0, meta)
     checkpoints.close()
 
 

@@ -183,6 +183,27 @@ def test_a_folder_that_cannot_be_written(tmp_path):
 # --- Other people's checkpoints.
 
 
+def test_damaged_checkpoints_are_named(saved, tmp_path):
+    folder = shutil.copytree(saved, tmp_path / "run")
+    path = orbax.checkpoint_path(folder)
+    checkpoints = orbax.Checkpoints(folder)
+    (largest,) = sorted((path / "params").rglob("d/*"), key=lambda file: file.stat().st_size)[-1:]
+    largest.write_bytes(largest.read_bytes()[:-100])
+    for read in (
+        lambda: orbax.restore_params(folder, MODEL, make_mesh(), sharding.DECODE_RULES),
+        lambda: checkpoints.restore(program("1").abstract_state, meta(0)),
+    ):
+        with pytest.raises(UserError, match=f"The checkpoint {path}.* cannot be read: .*use another step"):
+            read()
+    shutil.rmtree(path / "params")
+    with pytest.raises(UserError, match=f"The checkpoint {path} cannot be read"):
+        checkpoints.restore(program("1").abstract_state, meta(0))
+    shutil.rmtree(path / "optimizer")
+    with pytest.raises(UserError, match="holds weights alone.*Give them as config.init_from"):
+        checkpoints.restore(program("1").abstract_state, meta(0))
+    checkpoints.close()
+
+
 def test_another_architecture_is_refused_field_by_field(saved):
     other = dataclasses.replace(MODEL, hidden_size=64, rope_theta=1e4, tie_embeddings=True)
     with pytest.raises(

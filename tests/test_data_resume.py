@@ -57,6 +57,15 @@ def test_a_resumed_run_with_other_rows_is_refused_naming_them(begun, run, tmp_pa
     assert orbax.steps_in(run) == [2]
 
 
+def test_a_run_as_long_as_its_epochs_keeps_its_batch_size(begun, run):
+    config, _ = begun
+    other = dataclasses.replace(config, steps=0, epochs=4.0, batch_size=2 * config.batch_size)
+    with pytest.raises(UserError, match=f"has had {2 * config.batch_size} rows in 2 steps. Set config.steps"):
+        train_lib.train(other, run)
+    train_lib.train(dataclasses.replace(other, steps=3), run)  # who says how long it is may change it
+    assert micro.read_checkpoint(run, 3)["next_row"] == 2 * config.batch_size + other.batch_size
+
+
 def test_who_means_it_goes_on_from_the_same_row_number(begun, run, capfd):
     config, _ = begun
     changed = dataclasses.replace(with_data(config, allow_change=True), seed=1)

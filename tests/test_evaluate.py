@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import re
+import shutil
 
 import micro
 import numpy as np
@@ -15,12 +16,14 @@ from lm_eval.tasks import TaskManager  # noqa: E402
 
 from refusion_jax import decoder as decoder_lib  # noqa: E402
 from refusion_jax import evaluate  # noqa: E402
-from refusion_jax.config import load_config  # noqa: E402
+from refusion_jax.checkpoint import orbax  # noqa: E402
+from refusion_jax.config import Config, load_config  # noqa: E402
 from refusion_jax.errors import UserError  # noqa: E402
 from refusion_jax.evaluation import documents, run, tasks  # noqa: E402
 from refusion_jax.evaluation.journal import Journal, Record  # noqa: E402
 from refusion_jax.evaluation.likelihood import log_likelihoods  # noqa: E402
 from refusion_jax.evaluation.model import DecoderLM  # noqa: E402
+from refusion_jax.settings import build  # noqa: E402
 
 # The same for all tests, so that the programs are compiled once.
 SETTINGS = {"gen_length": 16, "slot_size": 4, "slot_threshold": 0.5, "token_threshold": 0.3, "speculate": "off"}
@@ -289,6 +292,14 @@ def test_killed_evaluation_goes_on_and_ends_as_an_uninterrupted_one(loaded, chec
         start(checkpoint, tmp_path / "whole", *arguments, "--slot-threshold", "0.9")
 
 
+def test_answers_of_older_weights_are_not_taken_for_those_of_newer_ones(loaded, checkpoint, tmp_path):
+    newer = shutil.copytree(checkpoint, tmp_path / "run")
+    start(str(newer), tmp_path / "out", "--tasks", "held_out", "--limit", "1")
+    micro.save_run(newer, build(Config, orbax.read_meta(newer)["config"], "config"), step=2)
+    with pytest.raises(UserError, match="begun with weights = .*Choose another --out"):
+        start(str(newer), tmp_path / "out", "--tasks", "held_out", "--limit", "1")
+
+
 def test_documents_that_are_added_leave_the_others_alone(loaded, checkpoint, tmp_path):
     arguments = ["--tasks", "held_out", "--temperature", "1"]
     start(checkpoint, tmp_path / "some", *arguments, "--limit", "5")
@@ -325,14 +336,30 @@ def test_damaged_answers_are_named(tmp_path):
         (["--tasks", "held_out", "--limit", "-1"], "--limit is -1"),
         (["--tasks", "held_out", "--settings", "absent.json"], "Cannot read --settings absent.json"),
         (["--tasks", "held_out", "--settings", "DATA"], "Cannot read --settings|has no setting"),
+        (["--tasks", "held_out", "--settings", "MISTYPED"], "has settings for 'spel_backward', which is no task"),
+        (["--tasks", "held_out", "--settings", "MIXED"], "'gsm8k' = 5 beside settings by task"),
+        (["--tasks", "held_out", "--settings", "TYPED"], "temperature is '0.5' .str.; expected float"),
+        (["--tasks", "held_out", "--batch-size", "0"], "--batch-size is 0"),
+        (["--tasks", "held_out", "--seed", "-1"], "--seed -1"),
+        (["--tasks", "gsm8k", "--data", "gsm8k=ODD"], "odd.jsonl: document 2 is not as the task gsm8k takes it"),
     ],
 )
 def test_bad_arguments_are_named(loaded, checkpoint, tmp_path, arguments, message):
     humaneval = CASES["humaneval"][0]
     (tmp_path / "data.jsonl").write_text(json.dumps(humaneval | CASES["gsm8k"][0]) + "\n")
     (tmp_path / "bad.jsonl").write_text(json.dumps(CASES["gsm8k"][0]) + "\n{'question': 1}\n")
-    places = {"DATA": str(tmp_path / "data.jsonl"), "BAD": str(tmp_path / "bad.jsonl")}
-    arguments = [re.sub("DATA|BAD", lambda m: places[m.group()], argument) for argument in arguments]
+    odd = [CASES["gsm8k"][0], {"question": "How many?", "answer": "None."}]
+    (tmp_path / "odd.jsonl").write_text("\n".join(map(json.dumps, odd)))
+    settings = {
+        "MISTYPED": {"spel_backward": {"slot_threshold": 0.5}},
+        "MIXED": {"spell_backward": {}, "gsm8k": 5},
+        "TYPED": {"temperature": "0.5"},
+    }
+    for name, values in settings.items():
+        (tmp_path / name).write_text(json.dumps(values))
+    files = {"DATA": "data.jsonl", "BAD": "bad.jsonl", "ODD": "odd.jsonl"} | dict(zip(settings, settings))
+    places = {name: str(tmp_path / file) for name, file in files.items()}
+    arguments = [re.sub("|".join(places), lambda m: places[m.group()], argument) for argument in arguments]
     with pytest.raises(UserError, match=message):
         start(checkpoint, tmp_path / "out", *arguments)
 

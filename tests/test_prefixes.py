@@ -56,6 +56,27 @@ def test_answers_are_the_same_and_less_is_forwarded(method):
     assert decode(kept, config, PROMPTS[:2]) == expected[:2]
 
 
+def test_a_kept_beginning_is_unharmed_while_its_prompt_waits_and_others_decode():
+    config = PlanAndInfillConfig(
+        gen_length=64, slot_size=32, blocks=1, slot_threshold=0.9, token_threshold=0.3, speculate="off"
+    )
+    long, *ends = random_prompts(11, 4, longest=12)
+
+    def answers(blocks):
+        engine = Engine(PARAMS, MODEL, config, 3, max_prompt_length=400, prefix_blocks=blocks)
+        decode(engine, config, [BEGINNING[:BLOCK] + [5]])
+        engine.add(Prompt(ends[0], config, 0))
+        found = engine.step(1)
+        engine.add(Prompt((long * 400)[:400], config, 1))  # first in line, and takes two passes
+        engine.add(Prompt(BEGINNING[:BLOCK] + ends[1], config, 2))
+        for _ in range(100):
+            found += engine.step(1)
+        return {answer.index: answer.tokens for answer in found}, engine.prefixes.found
+
+    expected, _ = answers(0)
+    assert answers(4) == (expected, BLOCK) and len(expected) == 3
+
+
 @pytest.mark.parametrize("config", [MaskedConfig(4, steps=2), BlockConfig(4, block_size=4)], ids=lambda c: c.method)
 def test_nothing_is_kept_where_a_prompt_sees_what_is_behind(config):
     """What such a prompt leaves in the cache depends on its end and on the answer."""

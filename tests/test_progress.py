@@ -43,6 +43,15 @@ def test_log_gets_a_line_now_and_then_and_every_word_of_its_own(clock):
     assert log.getvalue() == "answer 2/8  eta 0:00:36\nanswer 4/8  eta 0:00:24\nthe end\n"
 
 
+def test_what_was_done_before_says_nothing_of_the_time_that_is_left(clock):
+    log = io.StringIO()
+    progress = Progress("answer", 1000, begun=900, stream=log, every=0)
+    for done in (901, 902):
+        clock[0] += 2  # seconds
+        progress.show(done)
+    assert log.getvalue() == "answer 901/1000  eta 0:03:18\nanswer 902/1000  eta 0:03:16\n"
+
+
 def test_terminal_shows_one_line_that_changes(clock):
     terminal = Terminal()
     progress = Progress("answer", 4, stream=terminal)

@@ -244,6 +244,17 @@ def test_a_cancelled_row_is_free_and_disturbs_nobody(answers):
     assert {a.index: contents(a) for a in found} == {i: contents(answers[i]) for i in (1, 2)}
 
 
+def test_a_row_that_is_cancelled_while_the_device_works_can_be_given_away_at_once(answers):
+    engine = Engine(PARAMS, MODEL, CONFIG, 1, max_prompt_length=40)
+    row = engine.add(Prompt(PROMPTS[0], CONFIG, 0))
+    engine.launch(1000)
+    engine.cancel(row)
+    assert engine.add(Prompt(PROMPTS[1], CONFIG, 1)) == row
+    assert engine.collect() == []
+    (answer,) = engine.step(1000)
+    assert (answer.index, answer.tokens) == (1, answers[0][1].tokens)
+
+
 def test_a_longer_prompt_makes_the_cache_grow(answers):
     answers, _ = answers
     engine = Engine(PARAMS, MODEL, CONFIG, 2)
@@ -516,6 +527,8 @@ def test_gen_length_is_rounded_up_to_whole_slots():
         ({"temperature": -1.0}, "temperature is -1"),
         ({"top_p": 0.0}, "top_p is 0"),
         ({"top_k": -2}, "top_k is -2"),
+        ({"top_k": 2**31}, "top_k is 2147483648; it must be a number of at most 2147483647"),
+        ({"temperature": 1e39}, "temperature is 1e.39; it must be a number of at most 3.40"),
         ({"speculate": "yes"}, "speculate is 'yes'"),
         ({"method": "beam"}, "method is 'beam'"),
         ({"method": "autoregressive", "speculate": "on"}, "has no setting 'speculate'; it is one of plan_and_infill"),

@@ -410,6 +410,40 @@ def test_rows_have_their_own_settings():
     assert len({answer.forwards for answer in found.values()}) > 2
 
 
+@pytest.mark.parametrize(
+    "given",
+    [
+        dict(score="given", order=(3, 9, 0, 15, 7, 1, 2, 4, 5, 6, 8, 10, 11, 12, 13, 14)),
+        dict(score="random", cache="dkv_greedy", cache_steps=3),
+    ],
+    ids=["given", "dkv_greedy"],
+)
+def test_an_order_that_is_known_in_advance_is_that_of_the_tokens_that_are_asked_for(given):
+    """A limit below the block leaves out the others, and costs no forwards for them."""
+    config = dataclasses.replace(CONFIG, block_length=0, steps=16, **given)
+    engine = Engine(PARAMS, MODEL, config, 3, max_prompt_length=40)
+    limits = (16, 10, 1)
+    for index, limit in enumerate(limits):
+        engine.add(Prompt(PROMPTS[index], config, index, limit=limit))
+    found = sorted((a for _ in range(3) for a in engine.step(40)), key=lambda answer: answer.index)
+    assert [sorted(answer.order) for answer in found] == [list(range(limit)) for limit in limits]
+    assert [answer.forwards for answer in found] == list(limits)
+    if "order" in given:
+        assert found[1].order == [place for place in given["order"] if place < 10]
+
+
+def test_where_nothing_but_suppressed_ends_is_left_decoding_goes_on():
+    """The confidence of an end id is 0 then, and not a number that sorts behind all positions."""
+    config = dataclasses.replace(
+        CONFIG, suppress="confidence", score_temperature=0.0, top_p=0.5, select="factor", factor=0.5, steps=0
+    )
+    settings = jax.tree.map(jnp.asarray, Settings.of(config, MODEL.eos_token_id))
+    question = masked_select.Question.of(jax.random.split(jax.random.key(0), 1), settings, "confidence")
+    logits = jnp.zeros((1, MODEL.vocab_size)).at[0, MODEL.eos_token_id].set(20.0)
+    seen = question.answer(MODEL, logits, False)
+    assert float(seen.confidence[0]) == 0 and np.isfinite(seen.doubt).all()
+
+
 def test_a_budget_of_steps_is_shared_by_the_tokens_that_are_asked_for():
     """Threshold decoding that is never sure reaches every limit, whether the steps divide it or are more."""
     config = dataclasses.replace(CONFIG, select="threshold", threshold=1.0, block_length=0, steps=8)

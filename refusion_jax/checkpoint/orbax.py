@@ -7,12 +7,14 @@ DIR/checkpoints/<step>/meta        {"format", "model", "config", "step", "versio
 DIR/tokenizer/                     the tokenizer
 """
 
+import contextlib
 import dataclasses
 import importlib.metadata
 import json
 import math
 import pathlib
 import sys
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -188,7 +190,7 @@ def restore_params(
       step: which checkpoint; None: the latest.
 
     Raises:
-      UserError: no checkpoint, or parameters of other names or shapes.
+      UserError: no checkpoint, parameters of other names or shapes, or damaged files.
     """
     abstract = nn.unbox(sharding.abstract_params(config))
     return _restore(folder, abstract, sharding.param_shardings(config, mesh, rules), dtype, step)
@@ -203,13 +205,33 @@ def restore_adapters(
 
 def _restore(folder, abstract: dict, shardings: dict, dtype: Any, step: int | None) -> dict:
     path = checkpoint_path(folder, step) / "params"
-    with ocp.StandardCheckpointer() as checkpointer:
+    with _reading(path), ocp.StandardCheckpointer() as checkpointer:
         found = checkpointer.metadata(path).item_metadata.tree
         check_shapes(abstract, found, str(path))
         target = jax.tree.map(
             lambda a, f, s: jax.ShapeDtypeStruct(a.shape, dtype or f.dtype, sharding=s), abstract, found, shardings
         )
         return checkpointer.restore(path, target)
+
+
+@contextlib.contextmanager
+def _reading(path: pathlib.Path) -> Iterator[None]:
+    """Turns what Orbax and TensorStore raise of damaged files into a UserError."""
+    try:
+        yield
+    except UserError:
+        raise
+    except (OSError, ValueError, KeyError) as error:
+        raise UserError(
+            f"The checkpoint {path} cannot be read: {_reason(error)}. It is damaged; use another step of it, if there "
+            "is one (a folder of checkpoints/ that is moved away is not looked at)."
+        ) from error
+
+
+def _reason(error: BaseException) -> str:
+    """The first line of what Orbax or TensorStore say."""
+    text = str(error).strip()
+    return text.splitlines()[0][:300] if text else type(error).__name__
 
 
 def check_shapes(expected: dict, found: dict, where: str) -> None:
@@ -335,10 +357,9 @@ class Checkpoints:
             kept = (
                 f"The last complete checkpoint is step {steps[-1]}" if steps else "There is no complete checkpoint yet"
             )
-            reason = str(error).strip().splitlines()[0][:300] if str(error).strip() else type(error).__name__
             raise UserError(
-                f"A checkpoint could not be written to {self._folder}: {reason}. {kept}. Make room or choose another "
-                "--workdir, then start again."
+                f"A checkpoint could not be written to {self._folder}: {_reason(error)}. {kept}. Make room or choose "
+                "another --workdir, then start again."
             ) from error
 
     def restore(self, abstract_state: TrainState, meta: dict) -> tuple[TrainState, int]:
@@ -352,20 +373,27 @@ class Checkpoints:
           The state, without the frozen base, and the number of the next row.
 
         Raises:
-          UserError: the checkpoint belongs to another model, or its rows were others and nobody allowed that.
+          UserError: the checkpoint belongs to another model, its rows were others and nobody allowed that, it holds
+            weights alone, or it is damaged.
         """
         step, found = self.latest_step(), self.latest_meta()
+        path = checkpoint_path(self._folder, step)
+        if not (path / "optimizer").exists():
+            raise UserError(
+                f"{path} holds weights alone, so no run can go on from it. Give them as config.init_from, and choose "
+                "another --workdir."
+            )
         resume.check_same_model(found, meta, self._folder)
         note = resume.check_same_rows(found, meta, self._folder)
         if note:
             say(note)
-        restored = self._manager.restore(
-            step,
-            args=ocp.args.Composite(
-                params=ocp.args.StandardRestore(abstract_state.params),
-                optimizer=ocp.args.StandardRestore({"step": abstract_state.step, "state": abstract_state.opt_state}),
-                data=ocp.args.JsonRestore(),
-            ),
+        items = ocp.args.Composite(
+            params=ocp.args.StandardRestore(abstract_state.params),
+            optimizer=ocp.args.StandardRestore({"step": abstract_state.step, "state": abstract_state.opt_state}),
+            data=ocp.args.JsonRestore(),
         )
-        optimizer = restored["optimizer"]
-        return TrainState(optimizer["step"], restored["params"], optimizer["state"], {}), restored["data"]["next_row"]
+        with _reading(path):
+            restored = self._manager.restore(step, args=items)
+        optimizer, next_row = restored["optimizer"], restored["data"]["next_row"]
+        resume.check_same_length(found, meta, step, next_row)
+        return TrainState(optimizer["step"], restored["params"], optimizer["state"], {}), next_row

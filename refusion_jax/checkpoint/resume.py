@@ -52,6 +52,21 @@ def check_same_rows(found: dict, wanted: dict, folder: pathlib.Path) -> str:
     return ""
 
 
+def check_same_length(found: dict, wanted: dict, step: int, next_row: int) -> None:
+    """Raises a UserError where a run that is as long as its epochs, in steps of `batch_size` rows, has steps of others.
+
+    Args:
+      step, next_row: where the checkpoint stands.
+    """
+    old, new = ((meta["config"] or {}).get("batch_size") for meta in (found, wanted))
+    if old and new and old != new and wanted["config"]["steps"] == 0:
+        raise UserError(
+            f"config.batch_size is {new} here and {old} in the checkpoint of step {step}, and config.steps is 0: the "
+            f"run would be as long as its epochs in steps of {new} rows, but has had {next_row} rows in {step} steps. "
+            f"Set config.steps to {step} and as many more as it is to have, or config.batch_size to {old}."
+        )
+
+
 def _lora(meta: dict) -> Any:
     settings = dict((meta["config"] or {}).get("lora") or {"rank": 0})
     return {name: value for name, value in settings.items() if name != "base_dtype"} if settings["rank"] else "none"

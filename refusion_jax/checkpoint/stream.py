@@ -127,7 +127,7 @@ class StoredParams:
     """
 
     def __init__(self, folder: pathlib.Path, shapes: dict[str, tuple[int, ...]]):
-        self._stores, problems = {}, []
+        self._folder, self._stores, problems = folder, {}, []
         for path, shape in shapes.items():
             spec = {"driver": "zarr", "kvstore": _database(folder, path.replace("/", "."))}
             try:
@@ -150,4 +150,11 @@ class StoredParams:
         return self._stores[path].chunk_layout.read_chunk.shape[0]
 
     def read(self, path: str, index: tuple[slice, ...]) -> np.ndarray:
-        return self._stores[path][index].read().result()
+        try:
+            return self._stores[path][index].read().result()
+        except (OSError, ValueError) as error:
+            reason = str(error).partition(" [")[0]
+            raise UserError(
+                f"The parameter {path} in {self._folder} cannot be read: {reason}. The checkpoint is damaged; use "
+                "another step of it."
+            ) from None

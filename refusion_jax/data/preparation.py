@@ -197,10 +197,10 @@ def _make(source: Source, tokenizer: Tokenizer, folder: epath.Path, notes: pathl
         return
     if whole:
         print(f"The cache of tokenised data {str(folder)!r} is damaged; it is mended.", file=sys.stderr)
-    progress = Progress(f"tokenising {source.name}: shard", len(numbers))
-    for number in missing:
+    progress = Progress(f"tokenising {source.name}: shard", len(numbers), begun=len(numbers) - len(missing))
+    for done, number in enumerate(missing, len(numbers) - len(missing) + 1):
         make_shard(source, tokenizer, planned["shards"][number], shard_path(folder, number))
-        progress.show(number + 1)
+        progress.show(done)
     store = write_index(folder, planned)
     taken = stamps.take(_files(folder))
     if store is None or not all(finished(folder, number) for number in missing):

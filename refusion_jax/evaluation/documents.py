@@ -8,7 +8,7 @@ import json
 import logging
 import pathlib
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from refusion_jax.config import SourceConfig
@@ -33,9 +33,8 @@ def names_of(names: str) -> list[str]:
     """
     found = []
     for name in filter(None, map(str.strip, names.split(","))):
-        if name not in SUITES and name not in (*BENCHMARKS, HELD_OUT) and name not in procedural_names():
-            known = [*BENCHMARKS, *SUITES, HELD_OUT, *procedural_names()]
-            close = difflib.get_close_matches(name, known, 3) or [*BENCHMARKS, *SUITES, HELD_OUT]
+        if name not in SUITES and name not in known_names():
+            close = difflib.get_close_matches(name, [*SUITES, *known_names()], 3) or [*BENCHMARKS, *SUITES, HELD_OUT]
             raise UserError(
                 f"There is no task {name!r}; the closest are {', '.join(close)}. There are also the data sets of "
                 f"reasoning-gym by their names, and the suites {', '.join(SUITES)}."
@@ -44,6 +43,11 @@ def names_of(names: str) -> list[str]:
     if not found:
         raise UserError(f"--tasks is {names!r}; name at least one of {', '.join([*BENCHMARKS, *SUITES, HELD_OUT])}.")
     return list(dict.fromkeys(found))
+
+
+def known_names() -> list[str]:
+    """All tasks, without suites."""
+    return [*BENCHMARKS, HELD_OUT, *procedural_names()]
 
 
 def procedural_names() -> list[str]:
@@ -73,8 +77,7 @@ def load(
     if name in BENCHMARKS:
         benchmark = BENCHMARKS[name]
         found = from_file(benchmark, files[name]) if name in files else from_package(name) or from_hub(benchmark)
-        found = found[: limit or None]
-        return [(benchmark, [benchmark.prepared(document, index) for index, document in enumerate(found)])]
+        return [(benchmark, prepared(benchmark, found[: limit or None], files.get(name, benchmark.hub[0])))]
     config = SourceConfig(kind="procedural", path=name, size=PROCEDURAL_SIZE, seed=PROCEDURAL_SEED)
     return [(procedural(name), of_source(open_source(config), limit))]
 
@@ -94,7 +97,7 @@ def of_source(source: Source, limit: int = 0) -> list[Document]:
 def from_file(benchmark: Benchmark, path: pathlib.Path) -> list[Document]:
     """Documents of a JSONL file."""
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = path.read_text(encoding="utf-8").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(
             f"Cannot read {path} for the task {benchmark.name}: {error}. Give a JSONL file in UTF-8."
@@ -105,10 +108,9 @@ def from_file(benchmark: Benchmark, path: pathlib.Path) -> list[Document]:
             continue
         try:
             document = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise UserError(
-                f"{path} line {number}: malformed JSON at column {error.colno} ({error.msg}). Write one object a line."
-            ) from None
+        except (ValueError, RecursionError) as error:
+            place = f"at column {error.colno} ({error.msg})" if isinstance(error, json.JSONDecodeError) else error
+            raise UserError(f"{path} line {number}: malformed JSON {place}. Write one object a line.") from None
         missing = [field for field in benchmark.fields if not isinstance(document, dict) or field not in document]
         if missing:
             raise UserError(
@@ -119,6 +121,30 @@ def from_file(benchmark: Benchmark, path: pathlib.Path) -> list[Document]:
     if not documents:
         raise UserError(f"{path} has no document for the task {benchmark.name}; give a file with some.")
     return documents
+
+
+def prepared(benchmark: Benchmark, documents: Sequence[Document], where: pathlib.Path | str) -> list[Document]:
+    """Documents as `text` and `verdict` take them.
+
+    Raises:
+      UserError: one that cannot be asked or judged, before any is.
+    """
+    found = []
+    for index, document in enumerate(documents):
+        try:
+            found.append(document := benchmark.prepared(document, index))
+            options = benchmark.options(document) if benchmark.options else [""]
+            if benchmark.options and not all(option.strip() for option in options):
+                raise ValueError("one of its answers is empty")
+            if not benchmark.text(document).strip():
+                raise ValueError("it asks nothing")
+            (benchmark.program or benchmark.verdict)(document, options[0])
+        except Exception as error:  # whatever a value of another kind than the hub's leads to
+            raise UserError(
+                f"{where}: document {index + 1} is not as the task {benchmark.name} takes it ({type(error).__name__}: "
+                f"{error}). Its fields {', '.join(benchmark.fields)} must be as in {benchmark.hub[0]} on the hub."
+            ) from None
+    return found
 
 
 def from_package(name: str) -> list[Document]:

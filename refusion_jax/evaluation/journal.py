@@ -9,6 +9,7 @@ from typing import Any
 
 import jax
 
+from refusion_jax import storage
 from refusion_jax.errors import UserError
 from refusion_jax.parallel import distributed
 
@@ -114,9 +115,12 @@ def check_settings(path: pathlib.Path, settings: dict[str, Any]) -> None:
         if not path.exists():
             if jax.process_index() == 0:
                 path.parent.mkdir(parents=True, exist_ok=True)
-                path.write_text(json.dumps(settings, indent=1) + "\n", encoding="utf-8")
+                storage.write(path, json.dumps(settings, indent=1).encode() + b"\n")
             return
-        begun = json.loads(path.read_text(encoding="utf-8"))
+        try:
+            begun = json.loads(path.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise UserError(f"{path} is damaged ({error}). Choose another --out, or remove that folder.") from None
     for name in sorted(begun | settings):
         if begun.get(name) != settings.get(name):
             raise UserError(

@@ -156,7 +156,7 @@ class DecoderLM(LM):
         self.journal.agree()
         missing = [i for i, key in enumerate(keys) if key not in self.journal]
         done = len(keys) - len(missing)
-        progress = Progress(what, len(keys), enabled=jax.process_index() == 0)
+        progress = Progress(what, len(keys), begun=done, enabled=jax.process_index() == 0)
         last = time.perf_counter()
         for record in compute(missing[jax.process_index() :: jax.process_count()]):
             last, before = time.perf_counter(), last

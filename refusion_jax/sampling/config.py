@@ -28,6 +28,9 @@ def setting(default: Any, text: str, *, choices: tuple[str, ...] = (), traced: b
     return dataclasses.field(default=default, metadata={"text": text, "choices": choices, "traced": traced})
 
 
+MAX_INT, MAX_FLOAT = 2**31 - 1, float(np.finfo(np.float32).max)
+
+
 @dataclasses.dataclass(frozen=True)
 class SamplerConfig(abc.ABC):
     """What the settings of all methods have in common; each method's dataclass stands beside its sampler."""
@@ -54,6 +57,9 @@ class SamplerConfig(abc.ABC):
             value, choices = getattr(self, field.name), field.metadata["choices"]
             if choices and value not in choices:
                 raise UserError(f"{field.name} is {value!r}; choose one of {', '.join(choices)}.")
+            largest = MAX_INT if isinstance(value, int) else MAX_FLOAT
+            if isinstance(value, (int, float)) and not abs(value) <= largest:
+                raise UserError(f"{field.name} is {value}; it must be a number of at most {largest:.10g}.")
 
     @classmethod
     def suited(cls, model: ModelConfig, objective: Any, given: dict[str, Any]) -> dict[str, Any]:

@@ -91,8 +91,10 @@ class Engine:
           mesh: devices to decode on (rows over data x fsdp, weights over tensor).
 
         Raises:
-          UserError: settings and model do not fit together.
+          UserError: settings and model do not fit together, or a batch without rows.
         """
+        if batch < 1:
+            raise UserError(f"batch_size is {batch}; it must be at least 1.")
         check_prompts([], model, config)
         self._shards = mesh.shape["data"] * mesh.shape["fsdp"] if mesh else 1
         self.batch = -(-batch // self._shards) * self._shards
@@ -193,6 +195,7 @@ class Engine:
         """Frees a row; its answer is never returned."""
         self._owner[row] = None
         self._left.pop(row, None)
+        self._decoding = [other for other in self._decoding if other != row]
         self._state = self._programs.stop(self._state, np.int32(row))
 
     def forward(self, steps: int) -> None:

@@ -192,12 +192,13 @@ class Masked:
         if self.selection == "independent":
             return masked_select.times_of(key, own["steps"], own["eps"], self.length)
         if self.score == "given":
-            order = own["order"].reshape(-1, self.block_length) % self.block_length
-            return jnp.argsort(order, axis=1).reshape(-1)
-        if self.cache == "dkv_greedy":
-            score = jax.random.uniform(key, (self.length // self.block_length, self.block_length))
-            return jnp.argsort(jnp.argsort(score, axis=1), axis=1).reshape(-1)
-        return None
+            first = jnp.argsort(own["order"].reshape(-1, self.block_length) % self.block_length, axis=1)
+        elif self.cache == "dkv_greedy":
+            first = jax.random.uniform(key, (self.length // self.block_length, self.block_length))
+        else:
+            return None
+        behind = jnp.arange(self.length).reshape(first.shape) >= request.settings.limit
+        return jnp.argsort(jnp.argsort(jnp.where(behind, jnp.inf, first), axis=1), axis=1).reshape(-1)
 
     def needed(self, row: Row) -> jax.Array:
         return jnp.int32(0)

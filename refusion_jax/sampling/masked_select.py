@@ -91,6 +91,7 @@ class Question:
         # A comparison and a maximum, not a gather: it stays a local reduction when the vocabulary is sharded.
         drafted = ids == draft[:, None]
         of_draft = jnp.where(drafted, scored, -jnp.inf).max(axis=-1)
+        total = jnp.maximum(total, jnp.finfo(jnp.float32).min)  # where end ids were all there was, nothing is sure
         doubt = jnp.sum(jnp.where(drafted, 0.0, jnp.exp(scored - total[:, None])), axis=-1)
         mass = jnp.exp(jax.nn.logsumexp(allowed, axis=-1)) / (model.logical_vocab_size - 1)
         return Scores(draft, jnp.exp(of_draft - total), margin, entropy, doubt, mass)

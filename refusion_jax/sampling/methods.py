@@ -10,6 +10,7 @@ from refusion_jax.sampling.config import SamplerConfig
 from refusion_jax.sampling.masked import MaskedConfig
 from refusion_jax.sampling.plan_and_infill import PlanAndInfillConfig
 from refusion_jax.sampling.speculative import SpeculativeConfig
+from refusion_jax.settings import build
 
 METHODS: dict[str, type[SamplerConfig]] = {
     "plan_and_infill": PlanAndInfillConfig,
@@ -50,7 +51,7 @@ def sampler_config(method: str, **settings: Any) -> SamplerConfig:
                 f"The method {method} has no setting {name!r}; "
                 + (f"it is one of {', '.join(having)}." if having else f"it has {', '.join(names(method))}.")
             )
-    return config_class(method)(**settings)
+    return build(config_class(method), settings, method)
 
 
 def suited(objective: Any, method: str | None) -> str:

@@ -83,7 +83,9 @@ def take(state: State, row: jax.Array, offset: jax.Array) -> Any:
 
 
 def put(state: State, row: jax.Array, offset: jax.Array, block: Any) -> State:
-    """The state with what `take` gave in the entries of a row from `offset` on."""
+    """The state with what `take` gave in the entries of a row from `offset` on; the row's own entries end behind them,
+    since a row that waits for its prompt takes part in all forwards, and writes there.
+    """
 
     def write(x, part):
         entries = jax.lax.dynamic_slice_in_dim(x, offset, BLOCK, axis=-2)
@@ -91,7 +93,8 @@ def put(state: State, row: jax.Array, offset: jax.Array, block: Any) -> State:
         return jax.lax.dynamic_update_slice_in_dim(x, changed, offset, axis=-2)
 
     k, v = jax.tree.map(write, (state.cache.k, state.cache.v), block)
-    return state.replace(cache=state.cache.replace(k=k, v=v)).placed()
+    length = jnp.where(jnp.arange(len(state.cache.length)) == row, offset + BLOCK, state.cache.length)
+    return state.replace(cache=state.cache.replace(k=k, v=v, length=length)).placed()
 
 
 def _chosen(x: jax.Array, row: jax.Array) -> jax.Array:
