@@ -23,7 +23,7 @@ from jax.sharding import Mesh, NamedSharding
 
 from refusion_jax import compilation, keys, storage
 from refusion_jax import step as steps_lib
-from refusion_jax.checkpoint import load, orbax
+from refusion_jax.checkpoint import load, metadata, orbax
 from refusion_jax.config import Config, add_config_arguments, parse_config
 from refusion_jax.data import pipeline
 from refusion_jax.data.tokenizers import Tokenizer, load_tokenizer
@@ -226,7 +226,7 @@ def describe(config: Config, rows: pipeline.Rows, checkpoints: orbax.Checkpoints
     Raises:
       UserError: the base of the run's adapters is gone or has changed.
     """
-    return orbax.make_meta(
+    return metadata.make_meta(
         config.model,
         step=0,
         tokenizer=config.data.tokenizer,

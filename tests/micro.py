@@ -9,7 +9,7 @@ import orbax.checkpoint as ocp
 from flax import linen as nn
 from ml_collections import ConfigDict
 
-from refusion_jax.checkpoint import orbax
+from refusion_jax.checkpoint import metadata, orbax
 from refusion_jax.config import Config, model_settings, parse_arguments
 from refusion_jax.data.tokenizers import load_tokenizer
 from refusion_jax.model.config import ModelConfig
@@ -68,7 +68,7 @@ def save_run(folder, config: Config, step: int = 1) -> None:
     params = nn.unbox(init_params(config.model, jax.random.key(2 + step)))
     params["embed"]["embedding"] *= 60
     load_tokenizer("bytes").save(folder / "tokenizer")
-    meta = orbax.make_meta(config.model, step=step, tokenizer="bytes", config=json.loads(config.to_json()))
+    meta = metadata.make_meta(config.model, step=step, tokenizer="bytes", config=json.loads(config.to_json()))
     checkpoints = orbax.Checkpoints(folder)
     checkpoints.save(TrainState(jax.numpy.int32(step), params, {}, {}), 0, meta)
     checkpoints.close()

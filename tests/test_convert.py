@@ -21,7 +21,7 @@ from flax import linen as nn
 from forward import forward, logits
 
 from refusion_jax import storage
-from refusion_jax.checkpoint import convert, huggingface, load, orbax, stream
+from refusion_jax.checkpoint import convert, huggingface, load, metadata, stream
 from refusion_jax.data.tokenizers import load_tokenizer
 from refusion_jax.errors import UserError
 from refusion_jax.model.config import ModelConfig, to_huggingface
@@ -108,7 +108,7 @@ def test_back_and_there_is_bit_exact(tmp_path, tie):
         draw, nn.unbox(sharding.abstract_params(config)), sharding.param_shardings(config, mesh, sharding.TRAIN_RULES)
     )
     with ocp.CheckpointManager(tmp_path / "run" / "checkpoints") as manager:
-        meta = orbax.make_meta(config, step=7, tokenizer="")
+        meta = metadata.make_meta(config, step=7, tokenizer="")
         manager.save(7, args=ocp.args.Composite(params=ocp.args.StandardSave(params), meta=ocp.args.JsonSave(meta)))
     convert.to_huggingface(tmp_path / "run", tmp_path / "exported", say=quiet)
     convert.to_orbax(tmp_path / "exported", tmp_path / "again", say=quiet)

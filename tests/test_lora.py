@@ -16,7 +16,7 @@ from forward import logits as full_logits
 from micro import get_config, read_checkpoint, write_examples
 
 from refusion_jax import lora, train
-from refusion_jax.checkpoint import convert, load, orbax, stream
+from refusion_jax.checkpoint import convert, load, metadata, orbax, stream
 from refusion_jax.config import LoraConfig, from_config_dict
 from refusion_jax.errors import UserError
 from refusion_jax.model import layers
@@ -111,7 +111,7 @@ def write(folder, step, params):
         path: stream.Stream(p.shape, p.dtype, lambda start, stop, p=np.asarray(p): p[start:stop])
         for path, p in traverse_util.flatten_dict(params, sep="/").items()
     }
-    stream.save(folder / "checkpoints" / str(step), streams, orbax.make_meta(MODEL, step=step, tokenizer="bytes"))
+    stream.save(folder / "checkpoints" / str(step), streams, metadata.make_meta(MODEL, step=step, tokenizer="bytes"))
 
 
 @pytest.fixture(scope="module")

@@ -10,7 +10,7 @@ from flax import linen as nn
 from forward import forward, logits
 from micro import get_config, write_examples
 
-from refusion_jax.checkpoint import convert, load, orbax, stream
+from refusion_jax.checkpoint import convert, load, metadata, stream
 from refusion_jax.model import qwen3
 from refusion_jax.model.config import ModelConfig
 from refusion_jax.parallel import sharding
@@ -89,7 +89,7 @@ def test_exported_model_in_transformers(tmp_path, tie, shard_bytes):
     streams = {
         path: stream.Stream(p.shape, p.dtype, lambda start, stop, p=p: p[start:stop]) for path, p in flat.items()
     }
-    stream.save(tmp_path / "run" / "checkpoints" / "0", streams, orbax.make_meta(config, step=0, tokenizer=""))
+    stream.save(tmp_path / "run" / "checkpoints" / "0", streams, metadata.make_meta(config, step=0, tokenizer=""))
     convert.to_huggingface(tmp_path / "run", tmp_path / "exported", shard_bytes=shard_bytes, say=quiet)
     assert (len(list((tmp_path / "exported").glob("*.safetensors"))) > 1) == (shard_bytes < 10**9)
 

@@ -22,7 +22,7 @@ from jax.experimental.compilation_cache import compilation_cache
 
 from refusion_jax import step as steps_lib
 from refusion_jax import train as train_lib
-from refusion_jax.checkpoint import orbax
+from refusion_jax.checkpoint import metadata, orbax
 from refusion_jax.config import SourceConfig, from_config_dict
 from refusion_jax.data import pipeline
 from refusion_jax.errors import UserError, run_main
@@ -121,7 +121,7 @@ def records(folder, kind):
 def last_state(config, folder):
     """(step, next row, parameters, optimizer state) of the last checkpoint, on one device."""
     program = steps_lib.build(config, make_mesh(1, devices=jax.devices()[:1]), STEPS)
-    model = orbax.make_meta(config.model, step=0, tokenizer="bytes")
+    model = metadata.make_meta(config.model, step=0, tokenizer="bytes")
     state, next_row = orbax.Checkpoints(folder, config.keep_last, config.keep_best).restore(
         program.abstract_state, model
     )

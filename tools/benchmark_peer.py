@@ -41,7 +41,7 @@ from benchmark_decode import calibrate, prompts_of, random_decoder, random_promp
 from flax import traverse_util
 
 from refusion_jax import step as steps_lib
-from refusion_jax.checkpoint import convert, orbax, stream
+from refusion_jax.checkpoint import convert, metadata, stream
 from refusion_jax.config import Config, DataConfig, MeshConfig, OptimizerConfig, parse_config
 from refusion_jax.data import pipeline
 from refusion_jax.decoder import Decoder, add_model_arguments, add_sampler_arguments, decoder_of, settings_of
@@ -120,7 +120,7 @@ def exported(arguments: argparse.Namespace, decoder: Decoder, folder: pathlib.Pa
         part = lambda p: stream.Stream(p.shape, p.dtype, lambda start, stop: p[start:stop])
         streams = {path: part(p) for path, p in flat.items()}
         source, step = folder / "run", None
-        stream.save(source / "checkpoints" / "0", streams, orbax.make_meta(decoder.model, step=0, tokenizer=""))
+        stream.save(source / "checkpoints" / "0", streams, metadata.make_meta(decoder.model, step=0, tokenizer=""))
     convert.to_huggingface(source, folder / "exported", step=step, dtype="float32", say=quiet)
     return folder / "exported"
 

@@ -15,7 +15,7 @@ import numpy as np
 from etils import epath
 
 from refusion_jax import storage
-from refusion_jax.checkpoint import huggingface, int8, load, orbax, safetensors, stream
+from refusion_jax.checkpoint import huggingface, int8, load, metadata, orbax, safetensors, stream
 from refusion_jax.checkpoint.destination import Arrays, Progress, Say, free, new_folder, size_text
 from refusion_jax.config import LoraConfig
 from refusion_jax.data.tokenizers import Tokenizer, load_tokenizer
@@ -109,7 +109,7 @@ def to_orbax(
         if vocabulary:
             with storage.filling(partial / "tokenizer") as place:
                 vocabulary.save(place)
-        meta = orbax.make_meta(config, step=0, tokenizer=(tokenizer or str(source)) if vocabulary else "")
+        meta = metadata.make_meta(config, step=0, tokenizer=(tokenizer or str(source)) if vocabulary else "")
         stream.save(partial / "checkpoints" / "0", _streams(weights, tables, arrays, progress, str(folder)), meta)
     say(f"wrote {destination} ({size_text(storage.folder_bytes(destination))})")
 

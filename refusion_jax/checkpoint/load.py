@@ -18,7 +18,8 @@ from jax.sharding import Mesh
 
 from refusion_jax import lora
 from refusion_jax.checkpoint import huggingface, orbax, stream
-from refusion_jax.checkpoint.orbax import Base, say
+from refusion_jax.checkpoint.metadata import Base
+from refusion_jax.checkpoint.orbax import say
 from refusion_jax.checkpoint.stream import Reader
 from refusion_jax.config import LoraConfig
 from refusion_jax.data.tokenizers import BYTES_FILE, Tokenizer, load_tokenizer

@@ -8,9 +8,6 @@ DIR/tokenizer/                     the tokenizer
 """
 
 import contextlib
-import dataclasses
-import importlib.metadata
-import json
 import math
 import pathlib
 import sys
@@ -23,64 +20,13 @@ from flax import linen as nn
 from jax.sharding import Mesh
 from orbax.checkpoint import checkpoint_managers
 
-from refusion_jax import __version__, lora, storage
-from refusion_jax.checkpoint import resume, stream
+from refusion_jax import lora, storage
+from refusion_jax.checkpoint import metadata, resume, stream
 from refusion_jax.config import LoraConfig
 from refusion_jax.errors import UserError
 from refusion_jax.model.config import ModelConfig
 from refusion_jax.parallel import sharding
-from refusion_jax.settings import build
 from refusion_jax.step import TrainState
-
-FORMAT = 1
-_LIBRARIES = ("jax", "flax", "optax", "orbax-checkpoint", "grain")
-
-
-@dataclasses.dataclass(frozen=True)
-class Base:
-    """What adapters were trained on.
-
-    Attributes:
-      source: folder or name of the base.
-      step: of a checkpoint folder; None: Hugging Face layout, or a checkpoint from before steps were written down.
-      fingerprint: of its weights (`load.fingerprint`); empty: from before they were written down.
-    """
-
-    source: str
-    step: int | None = None
-    fingerprint: str = ""
-
-    def __str__(self):
-        return self.source if self.step is None else f"step {self.step} of {self.source}"
-
-
-def make_meta(
-    model: ModelConfig,
-    *,
-    step: int,
-    tokenizer: str,
-    config: dict | None = None,
-    rows: dict | None = None,
-    base: Base | None = None,
-) -> dict:
-    """The metadata of a checkpoint, as JSON knows it.
-
-    Args:
-      config: the run's; None for converted weights.
-      rows: fingerprint of the rows that it is trained on (`pipeline.Rows`).
-      base: of adapters.
-    """
-    versions = {"refusion_jax": __version__, **{name: importlib.metadata.version(name) for name in _LIBRARIES}}
-    return {
-        "format": FORMAT,
-        "model": dataclasses.asdict(model),
-        "config": config,
-        "step": step,
-        "versions": versions,
-        "tokenizer": tokenizer,
-        "rows": rows,
-        "base": dataclasses.asdict(base) if base else None,
-    }
 
 
 def say(text: str) -> None:
@@ -132,44 +78,12 @@ def checkpoint_path(folder: str | pathlib.Path, step: int | None = None) -> path
 
 
 def read_meta(folder: str | pathlib.Path, step: int | None = None) -> dict:
-    """Metadata of a checkpoint (see `make_meta`).
+    """Metadata of a checkpoint (see `metadata.make_meta`).
 
     Raises:
       UserError: no checkpoint, not one of this project, or one with settings that this version does not know.
     """
-    path = checkpoint_path(folder, step) / "meta" / "metadata"
-    try:
-        meta = json.loads(path.read_text())
-        if meta["format"] != FORMAT:
-            raise UserError(
-                f"{path} has format {meta['format']}, this version reads {FORMAT}; use the version that wrote it "
-                f"({meta['versions']})."
-            )
-        _check_known(meta, path)
-        return meta
-    except (OSError, json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{path} is not the metadata of a checkpoint of this project ({error!r}).") from None
-
-
-def _check_known(meta: dict, path: pathlib.Path) -> None:
-    groups = {"model": (ModelConfig, meta["model"])}
-    if (meta["config"] or {}).get("lora"):
-        groups["config.lora"] = LoraConfig, meta["config"]["lora"]
-    if meta.get("base"):
-        groups["base"] = Base, meta["base"]
-    unknown = [
-        f"{group}.{name}"
-        for group, (kind, values) in groups.items()
-        for name in values
-        if name not in {field.name for field in dataclasses.fields(kind)}
-    ]
-    if unknown:
-        raise UserError(
-            f"{path} has settings that this version does not know: {', '.join(unknown)}. Use the version that wrote it "
-            f"({meta['versions']})."
-        )
-    for group, (kind, values) in groups.items():  # none missing, each of its type
-        build(kind, values, f"{path}: {group}")
+    return metadata.read(checkpoint_path(folder, step) / "meta" / "metadata")
 
 
 def restore_params(
@@ -206,7 +120,10 @@ def restore_adapters(
 def _restore(folder, abstract: dict, shardings: dict, dtype: Any, step: int | None) -> dict:
     path = checkpoint_path(folder, step) / "params"
     with _reading(path), ocp.StandardCheckpointer() as checkpointer:
-        found = checkpointer.metadata(path).item_metadata.tree
+        stored = checkpointer.metadata(path).item_metadata
+        if stored is None:
+            raise OSError("what it says of its parameters is damaged or not there")
+        found = stored.tree
         check_shapes(abstract, found, str(path))
         target = jax.tree.map(
             lambda a, f, s: jax.ShapeDtypeStruct(a.shape, dtype or f.dtype, sharding=s), abstract, found, shardings

@@ -1,4 +1,4 @@
-"""Whether a run can go on from a checkpoint, by their metadata (`orbax.make_meta`): model and rows must be the same."""
+"""Whether a run can go on from a checkpoint, by their metadata (metadata.py): model and rows must be the same."""
 
 import pathlib
 from typing import Any
