@@ -333,7 +333,7 @@ def _run_file(path: str, argument: str) -> dict[str, Any]:
         else:
             lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == path]
             place, reason = f"{path} line {lines[-1]}" if lines else path, str(error)
-        raise UserError(f"The config file {place} raises {type(error).__name__} ({reason}); mend that line.") from error
+        raise UserError(f"The config file {place} raises {type(error).__name__} ({reason}); fix that line.") from error
     if get_config is None:
         raise UserError(f"{path} has no function get_config(argument); see the files in configs/.")
     if not isinstance(settings, ConfigDict):

@@ -1,4 +1,4 @@
-"""Errors that are the user's to mend: one paragraph, never a traceback."""
+"""Errors that are the user's to fix: one paragraph, never a traceback."""
 
 import sys
 import textwrap

@@ -1,8 +1,8 @@
 """Tokenises a config's data with many processes: `python -m refusion_jax.prepare --config CONFIG --out STORE`.
 
 STORE is a folder, or a bucket (gs://..); runs find the data there with `--config.data.store=STORE` and need no raw
-data. Every machine that is started with the same arguments does its share: which one it is says the Slurm array, the
-JobSet or the TPU pod that started it, or --worker I/N. The result is the same byte for byte for any number of machines
+data. Every machine that is started with the same arguments does its share: the Slurm array, the JobSet or the TPU pod
+that started it, or --worker I/N, says which one it is. The result is the same byte for byte for any number of machines
 and processes. Shards that are finished are kept, so a job that was killed is started again; damaged ones are made
 again. The machine that finishes last writes the index, and what a run needs to know of the rows of this config.
 """
@@ -105,7 +105,7 @@ def prepare(
         except OSError as error:
             raise UserError(
                 f"The store in {out} cannot be written: {error.strerror or error}. What is finished is kept: make "
-                "room, or mend the permissions, and start again."
+                "room, or fix the permissions, and start again."
             ) from error
         if complete:
             settings = dict(max_length=data.max_length, max_examples_per_row=data.max_examples_per_row)

@@ -196,7 +196,7 @@ def _make(source: Source, tokenizer: Tokenizer, folder: epath.Path, notes: pathl
         stamps.remember(pathlib.Path(folder, "checked.json"), taken, True)
         return
     if whole:
-        print(f"The cache of tokenised data {str(folder)!r} is damaged; it is mended.", file=sys.stderr)
+        print(f"The cache of tokenised data {str(folder)!r} is damaged; it is made again.", file=sys.stderr)
     progress = Progress(f"tokenising {source.name}: shard", len(numbers), begun=len(numbers) - len(missing))
     for done, number in enumerate(missing, len(numbers) - len(missing) + 1):
         make_shard(source, tokenizer, planned["shards"][number], shard_path(folder, number))

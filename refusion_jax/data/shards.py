@@ -74,7 +74,7 @@ class Shard:
                 return content
         raise UserError(
             f"{self.path} is damaged, or was changed after its index was written: bytes {start} to {start + size} have "
-            "another checksum. Prepare the data again: python -m refusion_jax.prepare mends what is damaged."
+            "another checksum. Prepare the data again: python -m refusion_jax.prepare makes again what is damaged."
         )
 
 
