@@ -10,10 +10,12 @@ import resource
 import subprocess
 import sys
 import time
+import tracemalloc
 
 import numpy as np
 import pytest
 import stores
+import zstandard
 
 from refusion_jax import prepare as prepare_lib
 from refusion_jax import storage
@@ -320,9 +322,41 @@ def test_a_bad_line_is_named_wherever_its_unit_begins(tmp_path):
             [example for unit in source.units(size) for example in source.read(unit)]
 
 
-def test_a_damaged_archive_is_named(tmp_path):
+@pytest.mark.parametrize("name", ["b.jsonl.gz", "c.jsonl.zst"])
+@pytest.mark.parametrize(
+    "damaged",
+    [
+        lambda content: content[:-20],
+        lambda content: content[:-1],
+        lambda content: content[:50],
+        lambda content: content[:3],
+        lambda content: content + b"more",
+        lambda content: b"no archive" + content,
+        lambda content: content[:300] + bytes(100) + content[400:],
+    ],
+    ids=["end", "last byte", "most", "but its first bytes", "more behind it", "something else", "a hole"],
+)
+def test_a_damaged_archive_is_named(name, damaged, tmp_path):
+    """Whether its records are counted or made into a store; none of them is lost in silence."""
     stores.write_all_kinds(tmp_path)
-    path = tmp_path / "b.jsonl.gz"
-    path.write_bytes(path.read_bytes()[:-20])
-    with pytest.raises(UserError, match=r"b\.jsonl\.gz is damaged"):
-        prepared(open_source(SourceConfig("jsonl", str(path))), TOKENIZER, tmp_path / "cache")
+    path = tmp_path / name
+    path.write_bytes(damaged(path.read_bytes()))
+    source = open_source(SourceConfig("jsonl", str(path)))
+    for use in (lambda: len(source), lambda: prepared(source, TOKENIZER, tmp_path / "cache")):
+        with pytest.raises(UserError, match=rf"{name} is damaged: .*Fetch or write it again"):
+            use()
+    assert not list(tmp_path.glob("cache/*/index.json"))
+
+
+def test_an_archive_is_read_a_little_at_a_time(tmp_path):
+    line = json.dumps({"query": "a", "response": "b" * 100_000}).encode() + b"\n"
+    path = tmp_path / "a.jsonl.zst"
+    path.write_bytes(zstandard.ZstdCompressor().compress(line * 2000))
+    source = open_source(SourceConfig("jsonl", str(path)))
+    tracemalloc.start()
+    try:
+        assert sum(1 for unit in source.units(10**9) for _ in source.read(unit)) == 2000
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert peak < 100e6 < 2000 * len(line)

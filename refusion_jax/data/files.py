@@ -1,21 +1,16 @@
 """Sources in files: JSON, JSON lines, plain text, Parquet and ArrayRecord."""
 
-import contextlib
 import functools
 import glob
-import gzip
 import hashlib
 import io
 import json
-import mmap
 import os
-import zlib
-from collections.abc import Iterator
-from typing import BinaryIO
 
 from refusion_jax import storage
 from refusion_jax.data import stamps
 from refusion_jax.data.examples import Source, Unit, record_units, text_of
+from refusion_jax.data.lines import compressed, lines_before, lines_of, mapped
 from refusion_jax.errors import UserError
 
 HASHED_WHOLE = 4 * 2**30  # bytes of a source up to which its content's hash is of every byte
@@ -149,7 +144,7 @@ class JsonLinesSource(FileSource):
                     if text.strip():
                         lines.append((number, line, start, start + len(text)))
                     start += len(text)
-            self._files.append(_mapped(path) if start else b"")
+            self._files.append(mapped(path) if start else b"")
         return lines
 
     def __getitem__(self, i):
@@ -192,7 +187,7 @@ class JsonLinesSource(FileSource):
             return self._from_fields(json.loads(text.decode("utf-8")), place)
         except (ValueError, UserError) as error:
             if number:  # to count lines costs time, which good lines need not spend
-                return self._parse(text, f"{place}, line {number + _lines_before(place, start)}")
+                return self._parse(text, f"{place}, line {number + lines_before(place, start)}")
             if isinstance(error, json.JSONDecodeError):
                 raise UserError(
                     f"{place}, column {error.colno}: malformed JSON ({error.msg}). Every line must be one JSON object."
@@ -200,55 +195,6 @@ class JsonLinesSource(FileSource):
             if isinstance(error, UnicodeDecodeError):
                 raise UserError(f"{place} is not UTF-8 text ({error}). Convert the file to UTF-8.") from error
             raise
-
-
-def compressed(path: str) -> bool:
-    return path.endswith((".gz", ".zst"))
-
-
-@contextlib.contextmanager
-def lines_of(path: str) -> Iterator[BinaryIO]:
-    """Opens a file of lines, plain or compressed; a UserError names a damaged one."""
-    try:
-        with storage.open_binary(path) as file:
-            if path.endswith(".zst"):
-                with _zstandard(path).ZstdDecompressor().stream_reader(file, read_across_frames=True) as stream:
-                    yield io.BufferedReader(stream, 1 << 20)
-            elif path.endswith(".gz"):
-                with gzip.open(file) as stream:
-                    yield stream
-            else:
-                yield file
-    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
-        raise UserError(f"{path} is damaged: {error}. Fetch or write it again.") from error
-
-
-def _zstandard(path: str):
-    try:
-        import zstandard
-    except ImportError as error:
-        raise UserError(f"{path} needs the zstandard library ({error}). Install it: pip install zstandard.") from error
-    return zstandard
-
-
-def _mapped(path: str):
-    if compressed(path) or not storage.is_local(path):
-        with lines_of(path) as file:
-            return file.read()
-    with open(path, "rb") as file:
-        return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-
-
-def _lines_before(path: str, start: int) -> int:
-    """Lines of a file that begin before the first one that begins at byte `start` or behind."""
-    if not start:
-        return 0
-    with storage.open_binary(path) as file:
-        file.seek(start - 1)
-        last = file.readline()
-        end = start - 1 + len(last)
-        file.seek(0)
-        return sum(1 for _ in iter(lambda: file.tell() < end and file.readline(), False))
 
 
 class TextSource(FileSource):
