@@ -75,7 +75,7 @@ def test_every_config_builds_its_sharded_state(name, repository):
 @pytest.mark.parametrize("method", METHODS)
 def test_a_config_takes_any_method_by_name(repository, method):
     objective = load_config(f"{repository / 'configs' / 'tiny.py'}:method={method}").objective
-    own = ("slot_sizes", "mdm_weight_cap", "anneal_steps", "block_size")  # of words of a few bytes
+    own = ("slot_sizes", "mdm_weight_cap", "anneal_steps", "block_size", "maskable")  # of words of a few bytes
     same = {name: value for name, value in dataclasses.asdict(METHODS[method]).items() if name not in own}
     assert type(objective) is type(METHODS[method])
     assert {name: getattr(objective, name) for name in same} == same
