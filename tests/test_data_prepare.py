@@ -19,7 +19,7 @@ import zstandard
 
 from refusion_jax import prepare as prepare_lib
 from refusion_jax import storage
-from refusion_jax.config import DataConfig, SourceConfig
+from refusion_jax.config import DataConfig, SourceConfig, load_config
 from refusion_jax.data import preparation, shards
 from refusion_jax.data.pipeline import load_rows
 from refusion_jax.data.preparation import prepared
@@ -147,6 +147,22 @@ def test_the_processes_of_a_killed_job_end_with_it(data, tmp_path):
     while any(os.path.exists(f"/proc/{pid}") for pid in children):
         assert time.monotonic() < end
         time.sleep(0.05)
+
+
+@pytest.mark.parametrize("size", ["0", "-1", "nan", "inf"])
+def test_impossible_sizes_of_shards_are_named(size, repository, tmp_path, monkeypatch):
+    config = str(repository / "configs" / "tiny.py")
+    monkeypatch.setattr(sys, "argv", ["prepare", "--config", config, "--out", str(tmp_path), "--shard-mib", size])
+    with pytest.raises(UserError, match=rf"--shard-mib {float(size)}; both must be greater than 0, and finite"):
+        prepare_lib.main()
+
+
+def test_an_option_may_be_a_list(repository, tmp_path):
+    settings = {"path": "basic_arithmetic", "size": "50", "options": "[['operators', ['+', '-']]]"}
+    overrides = {f"data.train.0.{name}": value for name, value in settings.items()} | {"data.evaluation": "[]"}
+    data = load_config(str(repository / "configs" / "tiny.py"), overrides).data
+    assert prepare_lib.prepare(data, tmp_path)
+    assert len(load_rows(data.train, TOKENIZER, max_length=data.max_length, cache_dir="/nowhere", store=tmp_path)[0])
 
 
 # --- Runs find what was prepared.
