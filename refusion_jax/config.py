@@ -43,7 +43,7 @@ class SourceConfig:
       start, stop: the part of the source to use, as fractions of it. The split goes by a hash of the prompt, so no
         prompt is on two sides of a cut: give training and evaluation parts of the same source.
       size, seed, options: of a procedural task: number of examples, seed, parameters of the task and query_pattern
-        (`data.tasks.Task`). Other options: separator (text: what stands between documents) and data_dir (tfds).
+        (`data.tasks.Task`). Of other kinds: separator (text: what stands between documents), data_dir (tfds).
     """
 
     kind: str

@@ -1,5 +1,6 @@
 """Sources in files: JSON, JSON lines, plain text, Parquet and ArrayRecord."""
 
+import contextlib
 import functools
 import glob
 import hashlib
@@ -14,6 +15,7 @@ from refusion_jax.data.lines import compressed, lines_before, lines_of, mapped
 from refusion_jax.errors import UserError
 
 HASHED_WHOLE = 4 * 2**30  # bytes of a source up to which its content's hash is of every byte
+UNREADABLE = (ValueError, RecursionError)  # as JSON: malformed, numbers of thousands of digits, or so many brackets
 _SAMPLE = 1 << 16
 
 
@@ -86,6 +88,14 @@ class FileSource(Source):
         return digest.hexdigest()
 
 
+def _text_in(path: str, encoding: str = "utf-8") -> str:
+    try:
+        with io.TextIOWrapper(storage.open_binary(path), encoding) as stream:
+            return stream.read()
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path} is not UTF-8 text ({error}). Convert it to UTF-8.") from error
+
+
 class JsonSource(FileSource):
     """Files that each hold one JSON list of objects."""
 
@@ -102,16 +112,16 @@ class JsonSource(FileSource):
 
     def _load(self, file: int) -> list:
         path = self.paths[file]
+        text = _text_in(path, "utf-8-sig")
         try:
-            with io.TextIOWrapper(storage.open_binary(path), "utf-8-sig") as stream:
-                content = json.load(stream)
+            content = json.loads(text)
         except json.JSONDecodeError as error:
             raise UserError(
                 f"{path}, line {error.lineno}, column {error.colno}: malformed JSON ({error.msg}). The file must be "
                 "one list of objects; for one object per line use the kind 'jsonl'."
             ) from error
-        except UnicodeDecodeError as error:
-            raise UserError(f"{path} is not UTF-8 text ({error}). Convert it to UTF-8.") from error
+        except UNREADABLE as error:
+            raise UserError(f"{path}: JSON that cannot be read ({error}). Remove or shorten that value.") from error
         if not isinstance(content, list):
             raise UserError(f"{path} holds a JSON {type(content).__name__}, not a list. Make it a list of objects.")
         return content
@@ -185,7 +195,7 @@ class JsonLinesSource(FileSource):
         """
         try:
             return self._from_fields(json.loads(text.decode("utf-8")), place)
-        except (ValueError, UserError) as error:
+        except UNREADABLE as error:
             if number:  # to count lines costs time, which good lines need not spend
                 return self._parse(text, f"{place}, line {number + lines_before(place, start)}")
             if isinstance(error, json.JSONDecodeError):
@@ -194,13 +204,25 @@ class JsonLinesSource(FileSource):
                 ) from error
             if isinstance(error, UnicodeDecodeError):
                 raise UserError(f"{place} is not UTF-8 text ({error}). Convert the file to UTF-8.") from error
-            raise
+            if isinstance(error, UserError):
+                raise
+            raise UserError(f"{place}: JSON that cannot be read ({error}). Remove or shorten that value.") from error
 
 
 class TextSource(FileSource):
     """Plain text for pretraining: every file is a document, or several with the option `separator` between them."""
 
     suffixes = (".txt", ".md")
+    options = ("separator",)
+
+    def __init__(self, config):
+        super().__init__(config)
+        self._separator = dict(config.options).get("separator", "")
+        if not isinstance(self._separator, str):
+            raise UserError(
+                f"data source {self.name!r} has the option separator = {self._separator!r}; it must be the text that "
+                "stands between documents, such as '\\n\\n'."
+            )
 
     def _content_key(self, notes):
         return super()._content_key(notes), self.config.options
@@ -210,14 +232,8 @@ class TextSource(FileSource):
         return [document for file in range(len(self.paths)) for document in self._load(file)]
 
     def _load(self, file: int) -> list[str]:
-        separator = dict(self.config.options).get("separator")
-        path = self.paths[file]
-        try:
-            with io.TextIOWrapper(storage.open_binary(path), "utf-8") as stream:
-                text = stream.read()
-        except UnicodeDecodeError as error:
-            raise UserError(f"{path} is not UTF-8 text ({error}). Convert it to UTF-8.") from error
-        pieces = [piece.strip() for piece in text.split(separator)] if separator else [text]
+        text = _text_in(self.paths[file])
+        pieces = [piece.strip() for piece in text.split(self._separator)] if self._separator else [text]
         return [piece for piece in pieces if piece.strip()]
 
     def __getitem__(self, i):
@@ -225,6 +241,17 @@ class TextSource(FileSource):
 
     def read(self, unit):
         return ((None, document) for document in self._load(unit.file))
+
+
+@contextlib.contextmanager
+def _parquet(name: str):
+    """Raises a UserError where what is called so is damaged, which may be seen only once a page is read."""
+    import pyarrow
+
+    try:
+        yield
+    except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{name} cannot be read as Parquet: {error}. Write it again.") from error
 
 
 class ParquetSource(FileSource):
@@ -237,15 +264,12 @@ class ParquetSource(FileSource):
         return [f for f in (self.config.query_field, self.config.response_field) if f]
 
     def _open(self, path: str):
-        import pyarrow
         import pyarrow.parquet
 
-        try:
+        with _parquet(path):
             # A path, so that the file is mapped and closed with the last reference.
             place = path if storage.is_local(path) else storage.open_binary(path)
             file = pyarrow.parquet.ParquetFile(place, memory_map=True)
-        except pyarrow.ArrowException as error:
-            raise UserError(f"{path} cannot be read as a Parquet file: {error}. Write it again.") from error
         present = dict.fromkeys(file.schema_arrow.names, "")
         text_of(present, self.config.response_field, "response_field", path)
         if self.config.query_field:
@@ -256,17 +280,20 @@ class ParquetSource(FileSource):
     def _records(self):
         import pyarrow
 
-        try:
-            table = pyarrow.concat_tables([self._open(path).read(columns=self._columns) for path in self.paths])
-        except pyarrow.ArrowException as error:
-            raise UserError(f"{self.name} cannot be read as Parquet: {error}. Write the files again.") from error
+        tables = []
+        for path in self.paths:
+            with _parquet(path):
+                tables.append(self._open(path).read(columns=self._columns))
+        with _parquet(self.name):
+            table = pyarrow.concat_tables(tables)
         return [table.column(c).combine_chunks() if table.num_rows else [] for c in self._columns]
 
     def __len__(self):
         return len(self._records[0])
 
     def __getitem__(self, i):
-        record = {c: values[i].as_py() for c, values in zip(self._columns, self._records)}
+        with _parquet(self._place(i)):
+            record = {c: values[i].as_py() for c, values in zip(self._columns, self._records)}
         return self._from_fields(record, self._place(i))
 
     def units(self, size):
@@ -281,10 +308,11 @@ class ParquetSource(FileSource):
         path = self.paths[unit.file]
         file = self._open(path)
         first = sum(file.metadata.row_group(g).num_rows for g in range(unit.start))
-        for batch in file.iter_batches(1024, row_groups=[unit.start], columns=self._columns):
-            for record in batch.to_pylist():
-                yield self._from_fields(record, f"{path}, record {first} (counted from 0)")
-                first += 1
+        with _parquet(path):
+            for batch in file.iter_batches(1024, row_groups=[unit.start], columns=self._columns):
+                for record in batch.to_pylist():
+                    yield self._from_fields(record, f"{path}, record {first} (counted from 0)")
+                    first += 1
 
 
 class ArrayRecordSource(FileSource):
@@ -312,9 +340,10 @@ class ArrayRecordSource(FileSource):
         return record_units(0, len(self), size)
 
     def __getitem__(self, i):
+        record = self._records[i]
         try:
-            record = json.loads(self._records[i])
-        except (json.JSONDecodeError, UnicodeDecodeError) as error:
+            record = json.loads(record)
+        except UNREADABLE as error:
             raise UserError(
                 f"{self._place(i)}: malformed JSON ({error}). Every record must be one JSON object."
             ) from error
