@@ -4,6 +4,7 @@ import argparse
 import ast
 import dataclasses
 import json
+import math
 import pathlib
 import runpy
 import traceback
@@ -24,6 +25,7 @@ from refusion_jax.settings import build, choice, not_negative, positive
 
 Objective = Refusion | Masked | Block | Sedd | Autoregressive  # `kind` says which
 OBJECTIVES = typing.get_args(Objective)
+SEEDS = 2**32  # JAX takes a seed modulo that: others would be the same run
 SOURCE_KINDS = ("json", "jsonl", "tfds", "parquet", "array_record", "text", "procedural")
 
 
@@ -41,7 +43,7 @@ class SourceConfig:
       start, stop: the part of the source to use, as fractions of it. The split goes by a hash of the prompt, so no
         prompt is on two sides of a cut: give training and evaluation parts of the same source.
       size, seed, options: of a procedural task: number of examples, seed, parameters of the task and query_pattern
-        (`data.tasks.Task`). Other options: separator (text: what stands between documents) and data_dir (tfds).
+        (`data.tasks.Task`). Of other kinds: separator (text: what stands between documents), data_dir (tfds).
     """
 
     kind: str
@@ -75,10 +77,10 @@ class MixtureConfig:
 
     def __post_init__(self):
         not_negative("data.mixture", self, "step")
-        if min(self.shares, default=-1) < 0 or not sum(self.shares):
+        if not (0 < sum(self.shares) < math.inf and min(self.shares) >= 0):
             raise UserError(
-                f"data.mixture has the shares {self.shares} from step {self.step} on; none may be negative, and not "
-                "all 0."
+                f"data.mixture has the shares {self.shares} from step {self.step} on; they must be finite, "
+                "none may be negative, and not all 0."
             )
 
 
@@ -177,6 +179,7 @@ class LoraConfig:
         if self.rank and (not self.targets or set(self.targets) - set(names)):
             raise UserError(f"lora.targets is {self.targets}; choose from {', '.join(names)}.")
         choice("lora", self, "base_dtype", ("float32", "bfloat16"))
+        positive("lora", self, "alpha")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -225,7 +228,6 @@ class Config:
             self,
             "steps",
             "epochs",
-            "seed",
             "eval_every",
             "eval_batches",
             "checkpoint_every_steps",
@@ -233,6 +235,8 @@ class Config:
             "keep_best",
             "profile",
         )
+        if not 0 <= self.seed < SEEDS:
+            raise UserError(f"config.seed is {self.seed}; seeds are whole numbers from 0 to {SEEDS - 1}.")
         if not self.steps and not self.epochs:
             raise UserError("config.steps and config.epochs are both 0; say how long to train.")
         if self.batch_size % self.accumulation:

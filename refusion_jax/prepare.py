@@ -12,6 +12,7 @@ import concurrent.futures
 import contextlib
 import functools
 import json
+import math
 import multiprocessing
 import os
 import pathlib
@@ -216,8 +217,11 @@ def parser() -> argparse.ArgumentParser:
 
 def main() -> None:
     arguments, config = parse_config(parser())
-    if arguments.processes < 1 or arguments.shard_mib <= 0:
-        raise UserError("--processes and --shard-mib must be greater than 0.")
+    if arguments.processes < 1 or not 0 < arguments.shard_mib < math.inf:
+        raise UserError(
+            f"--processes is {arguments.processes} and --shard-mib {arguments.shard_mib}; both must be greater than 0, "
+            "and finite."
+        )
     prepare(
         config.data,
         arguments.out,

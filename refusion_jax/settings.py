@@ -1,6 +1,7 @@
 """Frozen dataclasses from nested dicts, as config files and JSON have them, with every wrong setting named."""
 
 import dataclasses
+import math
 import types
 import typing
 from typing import Any
@@ -14,7 +15,7 @@ def build(cls: type, value: Any, where: str) -> Any:
     Args:
       cls: a dataclass whose fields have types that JSON knows, tuples, dataclasses, or one of several dataclasses, of
         which each has a field `kind` with another default.
-      value: the dict; lists stand for tuples, whole numbers for floats.
+      value: the dict; lists stand for tuples, also within values of any type, and whole numbers for floats.
       where: what it is called, in messages.
 
     Raises:
@@ -38,17 +39,17 @@ def build(cls: type, value: Any, where: str) -> Any:
 
 
 def positive(where: str, config: Any, *names: str) -> None:
-    """Raises a UserError unless these fields of a group of settings are greater than 0."""
+    """Raises a UserError unless these fields of a group of settings are greater than 0, and finite."""
     for name in names:
-        if getattr(config, name) <= 0:
-            raise UserError(f"{where}.{name} is {getattr(config, name)}; it must be greater than 0.")
+        if not 0 < getattr(config, name) < math.inf:
+            raise UserError(f"{where}.{name} is {getattr(config, name)}; it must be greater than 0, and finite.")
 
 
 def not_negative(where: str, config: Any, *names: str) -> None:
-    """Raises a UserError where one of these fields of a group of settings is less than 0."""
+    """Raises a UserError where one of these fields of a group of settings is less than 0, or not finite."""
     for name in names:
-        if getattr(config, name) < 0:
-            raise UserError(f"{where}.{name} is {getattr(config, name)}; it must not be negative.")
+        if not 0 <= getattr(config, name) < math.inf:
+            raise UserError(f"{where}.{name} is {getattr(config, name)}; it must be finite and must not be negative.")
 
 
 def choice(where: str, config: Any, name: str, allowed: tuple[str, ...]) -> None:
@@ -83,11 +84,29 @@ def _convert(hint: Any, value: Any, where: str) -> Any:
         inner = typing.get_args(hint)
         if inner[-1] is Ellipsis:
             return tuple(_convert(inner[0], item, f"{where}[{i}]") for i, item in enumerate(value))
-        return tuple(value)
+        if len(value) != len(inner):
+            raise UserError(f"{where} is {value!r}; expected a list of {len(inner)}.")
+        return tuple(_convert(each, item, f"{where}[{i}]") for i, (each, item) in enumerate(zip(inner, value)))
+    if hint is Any:
+        return _hashable(value, where)
     allowed = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
     if float in allowed and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
-    if Any not in allowed and not (isinstance(value, allowed) and (bool in allowed or not isinstance(value, bool))):
+        try:
+            return float(value)
+        except OverflowError:
+            raise UserError(f"{where} is {value}; give a smaller number.") from None
+    if not isinstance(value, allowed) or (isinstance(value, bool) and bool not in allowed):
         names = " or ".join("none" if a is type(None) else a.__name__ for a in allowed)
         raise UserError(f"{where} is {value!r} ({type(value).__name__}); expected {names}.")
+    return value
+
+
+def _hashable(value: Any, where: str) -> Any:
+    """A value that JSON knows, its lists as tuples: a config, whose options may have any, is a key of caches."""
+    if isinstance(value, (list, tuple)):
+        return tuple(_hashable(item, f"{where}[{i}]") for i, item in enumerate(value))
+    if value is not None and not isinstance(value, (str, int, float)):
+        raise UserError(
+            f"{where} is {value!r} ({type(value).__name__}); expected text, a number, true, false, none or a list."
+        )
     return value

@@ -81,7 +81,13 @@ def _train(config: Config, workdir: pathlib.Path, resources: contextlib.ExitStac
     check(config, mesh)
     distributed.describe(mesh, config.batch_size)
     rows, eval_rows = open_data(config, tokenizer, workdir)
-    total = config.steps or max(1, math.ceil(config.epochs * rows.rows_per_epoch / config.batch_size))
+    total = config.steps or max(1.0, config.epochs * rows.rows_per_epoch / config.batch_size)
+    if total >= 2**31:
+        raise UserError(
+            f"the run would have {total} steps, and at most {2**31 - 1} can be counted. Lower config.steps, or "
+            "config.epochs and the sources' weights."
+        )
+    total = math.ceil(total)
     program = steps_lib.build(config, mesh, total)
     progress = Progress("step", total, stream=sys.stdout, every=0, enabled=jax.process_index() == 0)
     progress.say(

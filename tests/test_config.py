@@ -13,6 +13,7 @@ from refusion_jax.config import (
     Config,
     DataConfig,
     LoraConfig,
+    MixtureConfig,
     OptimizerConfig,
     SourceConfig,
     add_config_arguments,
@@ -75,7 +76,7 @@ def test_every_config_builds_its_sharded_state(name, repository):
 @pytest.mark.parametrize("method", METHODS)
 def test_a_config_takes_any_method_by_name(repository, method):
     objective = load_config(f"{repository / 'configs' / 'tiny.py'}:method={method}").objective
-    own = ("slot_sizes", "mdm_weight_cap", "anneal_steps", "block_size")  # of words of a few bytes
+    own = ("slot_sizes", "mdm_weight_cap", "anneal_steps", "block_size", "maskable")  # of words of a few bytes
     same = {name: value for name, value in dataclasses.asdict(METHODS[method]).items() if name not in own}
     assert type(objective) is type(METHODS[method])
     assert {name: getattr(objective, name) for name in same} == same
@@ -116,6 +117,15 @@ def test_a_config_survives_json(repository):
         assert from_config_dict(json.loads(config.to_json())) == config
 
 
+@pytest.mark.parametrize("text", ["[['operators', ['+', '-']]]", "{'operators': ('+', '-')}"])
+def test_an_option_may_be_a_list(text, repository):
+    """Written in any way it is the same config, from JSON too, and one that can be looked up by."""
+    path = str(repository / "configs" / "tiny.py")
+    config = load_config(path, {"data.train.0.path": "basic_arithmetic", "data.train.0.options": text})
+    assert config.data.train[0].options == (("operators", ("+", "-")),)
+    assert {config: 1}[from_config_dict(json.loads(config.to_json()))] == 1
+
+
 @pytest.mark.parametrize(
     "argument, overrides, message",
     [
@@ -144,6 +154,14 @@ def test_a_config_survives_json(repository):
         ("8b.py", {"objective.loss_chunk": "256"}, "Unknown setting config.objective.loss_chunk"),
         ("tiny.py", {"data.train": "[{'kind': 'json'}]"}, r"config.data.train\[0\] lacks the setting path"),
         ("tiny.py", {"model.num_kv_heads": "3"}, "num_kv_heads = 3"),
+        ("tiny.py", {"epochs": "1e999"}, "config.epochs is inf"),
+        pytest.param("tiny.py", {"epochs": f"1{'0' * 400}"}, "config.epochs is 10+; give a smaller number", id="huge"),
+        ("tiny.py", {"seed": "99999999999999999999"}, "config.seed is 99999999999999999999; .*from 0 to 4294967295"),
+        ("tiny.py", {"data.train.0.options": "[['a']]"}, r"options\[0\] is \['a'\]; expected a list of 2"),
+        ("tiny.py", {"data.train.0.options": "[[3, 1]]"}, r"options\[0\]\[0\] is 3 \(int\); expected str"),
+        ("tiny.py", {"data.train.0.options": "[['a', [{1}]]]"}, r"options\[0\]\[1\]\[0\] is \{1\} \(set\); expected"),
+        ("compare.py:lr=nan", {}, "optimizer.lr is nan"),
+        ("compare.py:lr=1e999", {}, "optimizer.lr is inf"),
     ],
     ids=str,
 )
@@ -207,6 +225,9 @@ def test_command_line(repository):
     [
         (SourceConfig, dict(kind="csv", path="x"), "kind is 'csv'; choose one of json"),
         (SourceConfig, dict(kind="json", path="x", weight=0.0), "weight is 0.0"),
+        (SourceConfig, dict(kind="json", path="x", weight=math.inf), "weight is inf"),
+        (MixtureConfig, dict(step=0, shares=(1.0, math.nan)), "data.mixture has the shares .*nan"),
+        (MixtureConfig, dict(step=0, shares=(1.0, math.inf)), "data.mixture has the shares .*inf"),
         (SourceConfig, dict(kind="json", path="x", start=0.5, stop=0.5), "start = 0.5 and stop = 0.5"),
         (DataConfig, dict(max_length=0), "data.max_length is 0"),
         (DataConfig, dict(max_examples_per_row=-1), "data.max_examples_per_row is -1"),
@@ -216,10 +237,14 @@ def test_command_line(repository):
         (Refusion, dict(slot_sizes=(4, 0)), "objective.slot_sizes"),
         (Refusion, dict(mdm_weight=-1.0), "objective.mdm_weight is -1.0"),
         (OptimizerConfig, dict(lr=0.0), "optimizer.lr is 0.0"),
+        (OptimizerConfig, dict(lr=math.nan), "optimizer.lr is nan"),
+        (OptimizerConfig, dict(eps=math.inf), "optimizer.eps is inf"),
+        (OptimizerConfig, dict(weight_decay=math.nan), "optimizer.weight_decay is nan"),
         (OptimizerConfig, dict(schedule="linear"), "optimizer.schedule is 'linear'"),
         (OptimizerConfig, dict(warmup_steps=-1), "optimizer.warmup_steps is -1"),
         (OptimizerConfig, dict(b2=1.0), "optimizer.b2 = 1.0"),
         (LoraConfig, dict(rank=-1), "lora.rank is -1"),
+        (LoraConfig, dict(rank=4, alpha=math.nan), "lora.alpha is nan"),
         (LoraConfig, dict(rank=4, targets=("query", "head")), "lora.targets"),
     ],
     ids=str,
@@ -237,6 +262,8 @@ def test_impossible_values_are_named(kind, settings, message):
         (dict(steps=0, epochs=0.0), "say how long to train"),
         (dict(steps=-5), "config.steps is -5"),
         (dict(seed=-1), "config.seed is -1"),
+        (dict(seed=2**32), "config.seed is 4294967296"),
+        (dict(epochs=math.nan), "config.epochs is nan"),
         (dict(log_every=0), "config.log_every is 0"),
         (dict(keep_last=0), "config.keep_last is 0"),
     ],

@@ -443,6 +443,9 @@ def test_commands(repository, tmp_path, monkeypatch, capsys):
     run("convert_qwen3.py", "to-hf", tmp_path / "orbax", tmp_path / "back", "--shard-gb", "1e-5")
     shown = run("inspect_checkpoint.py", tmp_path / "back")
     assert "model.layers.{}.mlp.gate_proj.weight" in shown and "32x16 x 3" in shown
+    for size in ("nan", "inf", "0"):
+        with pytest.raises(UserError, match=f"--shard-gb is {float(size)}; it must be greater than 0, and finite"):
+            run("convert_qwen3.py", "to-hf", tmp_path / "orbax", tmp_path / "other", "--shard-gb", size)
     words = [sys.executable, "tools/convert_qwen3.py", "to-hf", tmp_path / "orbax", tmp_path / "back"]
     again = subprocess.run([*map(str, words)], cwd=repository, capture_output=True, text=True, timeout=120)
     assert again.returncode == 2 and "exists already" in again.stderr and "Traceback" not in again.stderr

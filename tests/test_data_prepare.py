@@ -10,14 +10,16 @@ import resource
 import subprocess
 import sys
 import time
+import tracemalloc
 
 import numpy as np
 import pytest
 import stores
+import zstandard
 
 from refusion_jax import prepare as prepare_lib
 from refusion_jax import storage
-from refusion_jax.config import DataConfig, SourceConfig
+from refusion_jax.config import DataConfig, SourceConfig, load_config
 from refusion_jax.data import preparation, shards
 from refusion_jax.data.pipeline import load_rows
 from refusion_jax.data.preparation import prepared
@@ -145,6 +147,22 @@ def test_the_processes_of_a_killed_job_end_with_it(data, tmp_path):
     while any(os.path.exists(f"/proc/{pid}") for pid in children):
         assert time.monotonic() < end
         time.sleep(0.05)
+
+
+@pytest.mark.parametrize("size", ["0", "-1", "nan", "inf"])
+def test_impossible_sizes_of_shards_are_named(size, repository, tmp_path, monkeypatch):
+    config = str(repository / "configs" / "tiny.py")
+    monkeypatch.setattr(sys, "argv", ["prepare", "--config", config, "--out", str(tmp_path), "--shard-mib", size])
+    with pytest.raises(UserError, match=rf"--shard-mib {float(size)}; both must be greater than 0, and finite"):
+        prepare_lib.main()
+
+
+def test_an_option_may_be_a_list(repository, tmp_path):
+    settings = {"path": "basic_arithmetic", "size": "50", "options": "[['operators', ['+', '-']]]"}
+    overrides = {f"data.train.0.{name}": value for name, value in settings.items()} | {"data.evaluation": "[]"}
+    data = load_config(str(repository / "configs" / "tiny.py"), overrides).data
+    assert prepare_lib.prepare(data, tmp_path)
+    assert len(load_rows(data.train, TOKENIZER, max_length=data.max_length, cache_dir="/nowhere", store=tmp_path)[0])
 
 
 # --- Runs find what was prepared.
@@ -320,9 +338,41 @@ def test_a_bad_line_is_named_wherever_its_unit_begins(tmp_path):
             [example for unit in source.units(size) for example in source.read(unit)]
 
 
-def test_a_damaged_archive_is_named(tmp_path):
+@pytest.mark.parametrize("name", ["b.jsonl.gz", "c.jsonl.zst"])
+@pytest.mark.parametrize(
+    "damaged",
+    [
+        lambda content: content[:-20],
+        lambda content: content[:-1],
+        lambda content: content[:50],
+        lambda content: content[:3],
+        lambda content: content + b"more",
+        lambda content: b"no archive" + content,
+        lambda content: content[:300] + bytes(100) + content[400:],
+    ],
+    ids=["end", "last byte", "most", "but its first bytes", "more behind it", "something else", "a hole"],
+)
+def test_a_damaged_archive_is_named(name, damaged, tmp_path):
+    """Whether its records are counted or made into a store; none of them is lost in silence."""
     stores.write_all_kinds(tmp_path)
-    path = tmp_path / "b.jsonl.gz"
-    path.write_bytes(path.read_bytes()[:-20])
-    with pytest.raises(UserError, match=r"b\.jsonl\.gz is damaged"):
-        prepared(open_source(SourceConfig("jsonl", str(path))), TOKENIZER, tmp_path / "cache")
+    path = tmp_path / name
+    path.write_bytes(damaged(path.read_bytes()))
+    source = open_source(SourceConfig("jsonl", str(path)))
+    for use in (lambda: len(source), lambda: prepared(source, TOKENIZER, tmp_path / "cache")):
+        with pytest.raises(UserError, match=rf"{name} is damaged: .*Fetch or write it again"):
+            use()
+    assert not list(tmp_path.glob("cache/*/index.json"))
+
+
+def test_an_archive_is_read_a_little_at_a_time(tmp_path):
+    line = json.dumps({"query": "a", "response": "b" * 100_000}).encode() + b"\n"
+    path = tmp_path / "a.jsonl.zst"
+    path.write_bytes(zstandard.ZstdCompressor().compress(line * 2000))
+    source = open_source(SourceConfig("jsonl", str(path)))
+    tracemalloc.start()
+    try:
+        assert sum(1 for unit in source.units(10**9) for _ in source.read(unit)) == 2000
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert peak < 100e6 < 2000 * len(line)

@@ -6,17 +6,24 @@ import os
 import numpy as np
 import pytest
 
-from refusion_jax.config import SourceConfig
+from refusion_jax.config import DataConfig, SourceConfig
 from refusion_jax.data.examples import in_part, prompt_hash
+from refusion_jax.data.preparation import prepared
 from refusion_jax.data.sources import open_source
 from refusion_jax.data.tasks import final_answer
+from refusion_jax.data.tokenizers import load_tokenizer
 from refusion_jax.errors import UserError
+from refusion_jax.prepare import prepare
 
 EXAMPLES = [(f"question {i}?", f"Größe {i}\nanswer {i * i}") for i in range(20)]
 
 
 def examples(source):
     return [source[i] for i in range(len(source))]
+
+
+def read_all(source):
+    return [example for unit in source.units(10**9) for example in source.read(unit)]
 
 
 def write(path, kind, records):
@@ -171,6 +178,25 @@ BAD_RECORDS = {
 }
 
 
+@pytest.mark.parametrize("value", ["1" * 5000, "[" * 100_000 + "]" * 100_000], ids=["digits", "brackets"])
+def test_json_that_python_cannot_read_is_named_with_its_place(value, tmp_path):
+    good, bad = '{"query": "a", "response": "b"}', f'{{"query": "a", "response": {value}}}'
+    (tmp_path / "a.json").write_text(f"[{good}, {bad}]")
+    (tmp_path / "a.jsonl").write_text(f"{good}\n{bad}")
+    for name, place in (("a.json", r"a\.json: "), ("a.jsonl", r"a\.jsonl, line 2: ")):
+        source = open_source(SourceConfig(name.partition(".")[2], str(tmp_path / name)))
+        for use in (lambda: examples(source), lambda: read_all(source)):
+            with pytest.raises(UserError, match=f"{place}JSON that cannot be read"):
+                use()
+    from array_record.python.array_record_module import ArrayRecordWriter
+
+    writer = ArrayRecordWriter(str(tmp_path / "a.array_record"), "group_size:1")
+    writer.write(bad.encode())
+    writer.close()
+    with pytest.raises(UserError, match=r"record 0 .*malformed JSON"):
+        examples(open_source(SourceConfig("array_record", str(tmp_path / "a.array_record"))))
+
+
 @pytest.mark.parametrize("case", BAD_RECORDS)
 def test_bad_records_are_named(case, tmp_path):
     records, message = BAD_RECORDS[case]
@@ -191,7 +217,7 @@ def test_malformed_files_are_named(tmp_path):
         "b.json": ('{"query": "a", "response": "b"}', r"b\.json holds a JSON dict, not a list"),
         "c.json": ("", r"c\.json, line 1"),
         "d.jsonl": ('{"query": "a", "response": "b"}\n{"query": ', r"d\.jsonl, line 2"),
-        "e.parquet": ("not parquet", r"e\.parquet cannot be read as a Parquet file"),
+        "e.parquet": ("not parquet", r"e\.parquet cannot be read as Parquet"),
         "f.array_record": ("not records", r"f\.array_record.* cannot be read as ArrayRecord"),
     }
     for name, (content, message) in cases.items():
@@ -211,14 +237,67 @@ def test_missing_data_is_named(tmp_path):
             open_source(SourceConfig(kind, str(tmp_path))).key()
     with pytest.raises(UserError, match="cannot make the task 'no_such_task'"):
         open_source(SourceConfig("procedural", "no_such_task")).key()
-    with pytest.raises(UserError, match="cannot make the task 'chain_sum'.*no_such_option"):
-        open_source(SourceConfig("procedural", "chain_sum", options=(("no_such_option", 1),))).key()
+
+
+@pytest.mark.parametrize(
+    "kind, options, message",
+    [
+        ("text", {"seperator": "---"}, "text:.* has the option 'seperator'; .*kind 'text' know 'separator'. Mend"),
+        ("text", {"separator": 3}, "text:.* has the option separator = 3; it must be the text"),
+        ("json", {"separator": "---"}, "json:.* has the option 'separator'; .*kind 'json' know none"),
+        ("jsonl", {"separator": "---"}, "has the option 'separator'"),
+        ("parquet", {"separator": "---"}, "has the option 'separator'"),
+        ("array_record", {"separator": "---"}, "has the option 'separator'"),
+        ("tfds", {"folder": "x"}, "has the option 'folder'; .*kind 'tfds' know 'data_dir'"),
+        ("procedural", {"no_such_option": 1}, "cannot make the task 'chain_sum'.*no_such_option"),
+        ("procedural", {"max_terms": "x"}, "cannot make the task 'chain_sum'.*max_terms"),
+        ("procedural", {"max_terms": 2.5}, "cannot make example 0 of the task 'chain_sum'.*max_terms"),
+        ("procedural", {"query_pattern": "("}, r"query_pattern of the task 'chain_sum' is '\('.*missing \)"),
+        ("procedural", {"query_pattern": "=$"}, "query_pattern of .* is '=\\$'.* it has no group"),
+        ("procedural", {"query_pattern": 5}, "query_pattern of .* is 5.* must be string"),
+        ("procedural", {"query_pattern": "(,)"}, r"query_pattern '\(,\)' is not found in the question"),
+        ("procedural", {"query_pattern": "(,)?="}, r"query_pattern '\(,\)\?=' is not found .* or its group"),
+    ],
+    ids=str,
+)
+def test_options_that_nobody_knows_or_can_use_are_named(kind, options, message):
+    config = SourceConfig(kind, "chain_sum" if kind == "procedural" else "anything", options=tuple(options.items()))
+    with pytest.raises(UserError, match=message):
+        open_source(config)[0]
+
+
+def test_an_option_that_is_given_twice_is_named():
+    with pytest.raises(UserError, match="has the option 'separator' more than once"):
+        open_source(SourceConfig("text", "anything", options=(("separator", "a"), ("separator", "b"))))
 
 
 def test_parquet_names_the_columns(tmp_path):
     write(tmp_path / "a.parquet", "parquet", [{"a": "x", "b": "y"}])
     with pytest.raises(UserError, match=r"a\.parquet has no field 'query'; its fields are 'a', 'b'"):
         examples(open_source(SourceConfig("parquet", str(tmp_path / "a.parquet"), response_field="b")))
+
+
+@pytest.mark.parametrize("compression", ["snappy", "none"])
+def test_a_damaged_page_of_a_parquet_file_is_named(compression, tmp_path):
+    """By whatever reads it: a run that makes its cache and `prepare` do not blame the place they write to."""
+    import pyarrow
+    import pyarrow.parquet
+
+    path = tmp_path / "a.parquet"
+    table = pyarrow.Table.from_pylist([{"query": "q" * 50, "response": f"{i} and the rest"} for i in range(1000)])
+    pyarrow.parquet.write_table(table, path, compression=compression, use_dictionary=False)
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2 : len(content) // 2 + 100] = b"\xff" * 100
+    path.write_bytes(content)
+    config = SourceConfig("parquet", str(path))
+    tokenizer = load_tokenizer("bytes")
+    for use in (
+        lambda: examples(open_source(config)),
+        lambda: prepared(open_source(config), tokenizer, tmp_path / "cache"),
+        lambda: prepare(DataConfig(train=(config,)), tmp_path / "store"),
+    ):
+        with pytest.raises(UserError, match=r"a\.parquet.* cannot be read as Parquet: .* Write it again"):
+            use()
 
 
 def test_unreadable_file(tmp_path):

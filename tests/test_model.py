@@ -3,6 +3,8 @@
 import dataclasses
 import functools
 import json
+import math
+import runpy
 
 import chex
 import jax
@@ -406,7 +408,7 @@ def test_presets_have_the_published_parameter_counts(size, count):
 
 @pytest.mark.parametrize(
     "place",
-    [{"rope_theta": 5e6}, {"rope_parameters": {"rope_type": "default", "rope_theta": 5e6}}],
+    [{"rope_theta": 5e6}, {"rope_theta": None, "rope_parameters": {"rope_type": "default", "rope_theta": 5e6}}],
     ids=["top", "nested"],
 )
 def test_rope_theta_is_read_from_both_places(place, reference, tmp_path):
@@ -425,7 +427,18 @@ def test_rope_theta_is_read_from_both_places(place, reference, tmp_path):
         ({"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, "yarn"),
         ({"rope_scaling": {"type": "dynamic", "factor": 4.0}}, "dynamic"),  # its base depends on the text's length
         ({"attention_bias": True}, "attention_bias"),
+        ({"use_sliding_window": True, "sliding_window": 8}, "use_sliding_window = True"),
+        ({"hidden_act": "gelu"}, "hidden_act = 'gelu'"),
+        ({"rope_scaling": "yarn"}, "yarn"),
         ({"num_hidden_layers": None}, "num_hidden_layers"),
+        ({"vocab_size": "320"}, r"vocab_size is '320' \(str\); expected int"),
+        ({"tie_word_embeddings": "false"}, r"tie_word_embeddings is 'false' \(str\); expected bool"),
+        ({"rope_theta": "abc"}, r"rope_theta is 'abc' \(str\); expected float"),
+        ({"rope_theta": math.inf}, "model.rope_theta is inf"),
+        ({"rms_norm_eps": None}, "lacks the setting rms_norm_eps"),
+        ({"rms_norm_eps": math.nan}, "model.rms_norm_eps is nan"),
+        ({"eos_token_id": "x"}, r"eos_token_id is 'x' \(str\); expected int"),
+        ({"eos_token_id": ["x"]}, r"eos_token_id is 'x' \(str\); expected int"),
         ({"num_key_value_heads": 4}, "num_kv_heads = 4"),
         ({"mask_token_id": 768}, "mask_token_id = 768"),
     ],
@@ -434,15 +447,47 @@ def test_rope_theta_is_read_from_both_places(place, reference, tmp_path):
 def test_foreign_configs_are_refused_by_field(change, message, reference):
     fields = json.loads((reference / "qwen3_untied" / "model" / "config.json").read_text()) | change
     with pytest.raises(UserError, match=message):
+        from_huggingface(fields)
+    with pytest.raises(UserError, match=message):  # what is null may as well not be there
         from_huggingface({name: value for name, value in fields.items() if value is not None})
 
 
-def test_unreadable_config_files_are_named(tmp_path):
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"hidden_act": None, "use_sliding_window": None, "sliding_window": 8},
+        {"rope_theta": 5000000},
+        {"eos_token_id": []},
+    ],
+    ids=str,
+)
+def test_the_same_config_may_be_written_otherwise(change, reference):
+    fields = json.loads((reference / "qwen3_untied" / "model" / "config.json").read_text())
+    assert from_huggingface(fields | change) == from_huggingface(fields)
+
+
+@pytest.mark.parametrize(
+    "content, message",
+    [
+        (b'{"model_type":\n nonsense', r"config.json is not valid JSON \(line 2"),
+        (b'["qwen3"]', "config.json holds a JSON list, not an object"),
+        (b'{"model_type": "\xff"}', "config.json is not valid JSON .*codec"),
+    ],
+    ids=["malformed", "list", "bytes"],
+)
+def test_unreadable_config_files_are_named(content, message, repository, tmp_path):
+    """By what makes a model of them, and by the tool that looks into any folder."""
     with pytest.raises(UserError, match="absent.json"):
         from_huggingface(tmp_path / "absent.json")
-    (tmp_path / "config.json").write_text('{"model_type":\n nonsense')
-    with pytest.raises(UserError, match=r"config.json is not valid JSON \(line 2"):
+    (tmp_path / "config.json").write_bytes(content)
+    with pytest.raises(UserError, match=message):
         from_huggingface(tmp_path / "config.json")
+    tool = runpy.run_path(str(repository / "tools" / "inspect_checkpoint.py"))
+    with pytest.raises(UserError, match=message):
+        tool["inspect_huggingface"](tmp_path, whole_config=False)
+
+
+def test_sizes_that_are_not_published_are_named():
     with pytest.raises(UserError, match="'9b'.*0.6b"):
         qwen3("9b")
 
@@ -456,6 +501,8 @@ def test_unreadable_config_files_are_named(tmp_path):
         {"hidden_size": -1},
         {"logical_vocab_size": 51},
         {"rope_theta": 1.0},
+        {"rope_theta": math.nan},
+        {"rms_norm_eps": math.inf},
         {"original_max_position_embeddings": 40961},
         {"original_max_position_embeddings": -1},
         {"original_max_position_embeddings": 6},  # no angle turns in that

@@ -9,6 +9,7 @@ whole.
 """
 
 import argparse
+import math
 import os
 
 os.environ["JAX_PLATFORMS"] = "cpu"  # nothing is computed: leave accelerators to others
@@ -16,7 +17,7 @@ os.environ["JAX_PLATFORMS"] = "cpu"  # nothing is computed: leave accelerators t
 from absl import logging  # noqa: E402
 
 from refusion_jax.checkpoint import convert  # noqa: E402
-from refusion_jax.errors import run_main  # noqa: E402
+from refusion_jax.errors import UserError, run_main  # noqa: E402
 
 
 def main() -> None:
@@ -73,6 +74,8 @@ def main() -> None:
             dry_run=args.dry_run,
         )
     else:
+        if not 0 < args.shard_gb < math.inf:
+            raise UserError(f"--shard-gb is {args.shard_gb}; it must be greater than 0, and finite.")
         convert.to_huggingface(
             args.source,
             args.destination,

@@ -23,6 +23,7 @@ from flax import traverse_util  # noqa: E402
 from refusion_jax import storage  # noqa: E402
 from refusion_jax.checkpoint import load, orbax, safetensors  # noqa: E402
 from refusion_jax.errors import UserError, run_main  # noqa: E402
+from refusion_jax.model.config import read_huggingface  # noqa: E402
 
 
 def size(count: float) -> str:
@@ -82,7 +83,7 @@ def inspect_orbax(folder: pathlib.Path, step: int | None, whole_config: bool) ->
 
 
 def inspect_huggingface(folder: pathlib.Path, whole_config: bool) -> None:
-    config = json.loads((folder / "config.json").read_text())
+    config = read_huggingface(folder / "config.json")
     tensors, problems = safetensors.read_folder(folder)
     files = sorted({t.file for t in tensors.values()})
     print(

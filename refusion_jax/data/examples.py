@@ -66,12 +66,27 @@ class Source:
 
     Attributes:
       name: for messages.
+      options: those that a config may have; None: whatever the library that makes the examples takes.
+
+    Raises:
+      UserError: another option, or one that is given twice.
     """
+
+    options: tuple[str, ...] | None = ()
 
     def __init__(self, config: SourceConfig):
         self.config = config
         self.name = f"{config.kind}:{config.path}"
         self._key = ""
+        given = [name for name, _ in config.options]
+        for name in given:
+            if self.options is not None and name not in self.options:
+                raise UserError(
+                    f"data source {self.name!r} has the option {name!r}; sources of kind {config.kind!r} know "
+                    f"{' and '.join(map(repr, self.options)) or 'none'}. Mend its name, or remove it."
+                )
+            if given.count(name) > 1:
+                raise UserError(f"data source {self.name!r} has the option {name!r} more than once. Keep one of them.")
 
     def key(self, notes: pathlib.Path | None = None) -> str:
         """Changes when the content or the way it is read does; found once.

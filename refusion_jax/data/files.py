@@ -3,22 +3,19 @@
 import contextlib
 import functools
 import glob
-import gzip
 import hashlib
 import io
 import json
-import mmap
 import os
-import zlib
-from collections.abc import Iterator
-from typing import BinaryIO
 
 from refusion_jax import storage
 from refusion_jax.data import stamps
 from refusion_jax.data.examples import Source, Unit, record_units, text_of
+from refusion_jax.data.lines import compressed, lines_before, lines_of, mapped
 from refusion_jax.errors import UserError
 
 HASHED_WHOLE = 4 * 2**30  # bytes of a source up to which its content's hash is of every byte
+UNREADABLE = (ValueError, RecursionError)  # as JSON: malformed, numbers of thousands of digits, or so many brackets
 _SAMPLE = 1 << 16
 
 
@@ -91,6 +88,14 @@ class FileSource(Source):
         return digest.hexdigest()
 
 
+def _text_in(path: str, encoding: str = "utf-8") -> str:
+    try:
+        with io.TextIOWrapper(storage.open_binary(path), encoding) as stream:
+            return stream.read()
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path} is not UTF-8 text ({error}). Convert it to UTF-8.") from error
+
+
 class JsonSource(FileSource):
     """Files that each hold one JSON list of objects."""
 
@@ -107,16 +112,16 @@ class JsonSource(FileSource):
 
     def _load(self, file: int) -> list:
         path = self.paths[file]
+        text = _text_in(path, "utf-8-sig")
         try:
-            with io.TextIOWrapper(storage.open_binary(path), "utf-8-sig") as stream:
-                content = json.load(stream)
+            content = json.loads(text)
         except json.JSONDecodeError as error:
             raise UserError(
                 f"{path}, line {error.lineno}, column {error.colno}: malformed JSON ({error.msg}). The file must be "
                 "one list of objects; for one object per line use the kind 'jsonl'."
             ) from error
-        except UnicodeDecodeError as error:
-            raise UserError(f"{path} is not UTF-8 text ({error}). Convert it to UTF-8.") from error
+        except UNREADABLE as error:
+            raise UserError(f"{path}: JSON that cannot be read ({error}). Remove or shorten that value.") from error
         if not isinstance(content, list):
             raise UserError(f"{path} holds a JSON {type(content).__name__}, not a list. Make it a list of objects.")
         return content
@@ -149,7 +154,7 @@ class JsonLinesSource(FileSource):
                     if text.strip():
                         lines.append((number, line, start, start + len(text)))
                     start += len(text)
-            self._files.append(_mapped(path) if start else b"")
+            self._files.append(mapped(path) if start else b"")
         return lines
 
     def __getitem__(self, i):
@@ -190,71 +195,34 @@ class JsonLinesSource(FileSource):
         """
         try:
             return self._from_fields(json.loads(text.decode("utf-8")), place)
-        except (ValueError, UserError) as error:
+        except UNREADABLE as error:
             if number:  # to count lines costs time, which good lines need not spend
-                return self._parse(text, f"{place}, line {number + _lines_before(place, start)}")
+                return self._parse(text, f"{place}, line {number + lines_before(place, start)}")
             if isinstance(error, json.JSONDecodeError):
                 raise UserError(
                     f"{place}, column {error.colno}: malformed JSON ({error.msg}). Every line must be one JSON object."
                 ) from error
             if isinstance(error, UnicodeDecodeError):
                 raise UserError(f"{place} is not UTF-8 text ({error}). Convert the file to UTF-8.") from error
-            raise
-
-
-def compressed(path: str) -> bool:
-    return path.endswith((".gz", ".zst"))
-
-
-@contextlib.contextmanager
-def lines_of(path: str) -> Iterator[BinaryIO]:
-    """Opens a file of lines, plain or compressed; a UserError names a damaged one."""
-    try:
-        with storage.open_binary(path) as file:
-            if path.endswith(".zst"):
-                with _zstandard(path).ZstdDecompressor().stream_reader(file, read_across_frames=True) as stream:
-                    yield io.BufferedReader(stream, 1 << 20)
-            elif path.endswith(".gz"):
-                with gzip.open(file) as stream:
-                    yield stream
-            else:
-                yield file
-    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
-        raise UserError(f"{path} is damaged: {error}. Fetch or write it again.") from error
-
-
-def _zstandard(path: str):
-    try:
-        import zstandard
-    except ImportError as error:
-        raise UserError(f"{path} needs the zstandard library ({error}). Install it: pip install zstandard.") from error
-    return zstandard
-
-
-def _mapped(path: str):
-    if compressed(path) or not storage.is_local(path):
-        with lines_of(path) as file:
-            return file.read()
-    with open(path, "rb") as file:
-        return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-
-
-def _lines_before(path: str, start: int) -> int:
-    """Lines of a file that begin before the first one that begins at byte `start` or behind."""
-    if not start:
-        return 0
-    with storage.open_binary(path) as file:
-        file.seek(start - 1)
-        last = file.readline()
-        end = start - 1 + len(last)
-        file.seek(0)
-        return sum(1 for _ in iter(lambda: file.tell() < end and file.readline(), False))
+            if isinstance(error, UserError):
+                raise
+            raise UserError(f"{place}: JSON that cannot be read ({error}). Remove or shorten that value.") from error
 
 
 class TextSource(FileSource):
     """Plain text for pretraining: every file is a document, or several with the option `separator` between them."""
 
     suffixes = (".txt", ".md")
+    options = ("separator",)
+
+    def __init__(self, config):
+        super().__init__(config)
+        self._separator = dict(config.options).get("separator", "")
+        if not isinstance(self._separator, str):
+            raise UserError(
+                f"data source {self.name!r} has the option separator = {self._separator!r}; it must be the text that "
+                "stands between documents, such as '\\n\\n'."
+            )
 
     def _content_key(self, notes):
         return super()._content_key(notes), self.config.options
@@ -264,14 +232,8 @@ class TextSource(FileSource):
         return [document for file in range(len(self.paths)) for document in self._load(file)]
 
     def _load(self, file: int) -> list[str]:
-        separator = dict(self.config.options).get("separator")
-        path = self.paths[file]
-        try:
-            with io.TextIOWrapper(storage.open_binary(path), "utf-8") as stream:
-                text = stream.read()
-        except UnicodeDecodeError as error:
-            raise UserError(f"{path} is not UTF-8 text ({error}). Convert it to UTF-8.") from error
-        pieces = [piece.strip() for piece in text.split(separator)] if separator else [text]
+        text = _text_in(self.paths[file])
+        pieces = [piece.strip() for piece in text.split(self._separator)] if self._separator else [text]
         return [piece for piece in pieces if piece.strip()]
 
     def __getitem__(self, i):
@@ -279,6 +241,17 @@ class TextSource(FileSource):
 
     def read(self, unit):
         return ((None, document) for document in self._load(unit.file))
+
+
+@contextlib.contextmanager
+def _parquet(name: str):
+    """Raises a UserError where what is called so is damaged, which may be seen only once a page is read."""
+    import pyarrow
+
+    try:
+        yield
+    except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{name} cannot be read as Parquet: {error}. Write it again.") from error
 
 
 class ParquetSource(FileSource):
@@ -291,15 +264,12 @@ class ParquetSource(FileSource):
         return [f for f in (self.config.query_field, self.config.response_field) if f]
 
     def _open(self, path: str):
-        import pyarrow
         import pyarrow.parquet
 
-        try:
+        with _parquet(path):
             # A path, so that the file is mapped and closed with the last reference.
             place = path if storage.is_local(path) else storage.open_binary(path)
             file = pyarrow.parquet.ParquetFile(place, memory_map=True)
-        except pyarrow.ArrowException as error:
-            raise UserError(f"{path} cannot be read as a Parquet file: {error}. Write it again.") from error
         present = dict.fromkeys(file.schema_arrow.names, "")
         text_of(present, self.config.response_field, "response_field", path)
         if self.config.query_field:
@@ -310,17 +280,20 @@ class ParquetSource(FileSource):
     def _records(self):
         import pyarrow
 
-        try:
-            table = pyarrow.concat_tables([self._open(path).read(columns=self._columns) for path in self.paths])
-        except pyarrow.ArrowException as error:
-            raise UserError(f"{self.name} cannot be read as Parquet: {error}. Write the files again.") from error
+        tables = []
+        for path in self.paths:
+            with _parquet(path):
+                tables.append(self._open(path).read(columns=self._columns))
+        with _parquet(self.name):
+            table = pyarrow.concat_tables(tables)
         return [table.column(c).combine_chunks() if table.num_rows else [] for c in self._columns]
 
     def __len__(self):
         return len(self._records[0])
 
     def __getitem__(self, i):
-        record = {c: values[i].as_py() for c, values in zip(self._columns, self._records)}
+        with _parquet(self._place(i)):
+            record = {c: values[i].as_py() for c, values in zip(self._columns, self._records)}
         return self._from_fields(record, self._place(i))
 
     def units(self, size):
@@ -335,10 +308,11 @@ class ParquetSource(FileSource):
         path = self.paths[unit.file]
         file = self._open(path)
         first = sum(file.metadata.row_group(g).num_rows for g in range(unit.start))
-        for batch in file.iter_batches(1024, row_groups=[unit.start], columns=self._columns):
-            for record in batch.to_pylist():
-                yield self._from_fields(record, f"{path}, record {first} (counted from 0)")
-                first += 1
+        with _parquet(path):
+            for batch in file.iter_batches(1024, row_groups=[unit.start], columns=self._columns):
+                for record in batch.to_pylist():
+                    yield self._from_fields(record, f"{path}, record {first} (counted from 0)")
+                    first += 1
 
 
 class ArrayRecordSource(FileSource):
@@ -366,9 +340,10 @@ class ArrayRecordSource(FileSource):
         return record_units(0, len(self), size)
 
     def __getitem__(self, i):
+        record = self._records[i]
         try:
-            record = json.loads(self._records[i])
-        except (json.JSONDecodeError, UnicodeDecodeError) as error:
+            record = json.loads(record)
+        except UNREADABLE as error:
             raise UserError(
                 f"{self._place(i)}: malformed JSON ({error}). Every record must be one JSON object."
             ) from error

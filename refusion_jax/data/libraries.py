@@ -16,6 +16,8 @@ class TfdsSource(Source):
     The option `data_dir` says where sets are kept.
     """
 
+    options = ("data_dir",)
+
     @functools.cached_property
     def _builder(self):
         try:
@@ -75,6 +77,8 @@ def _ends_of(path: str) -> str:
 
 class ProceduralSource(Source):
     """A reasoning-gym task (see `tasks.Task`)."""
+
+    options = None
 
     @functools.cached_property
     def _records(self):

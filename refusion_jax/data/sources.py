@@ -19,7 +19,7 @@ def open_source(config: SourceConfig) -> Source:
     """Opens a source.
 
     Raises:
-      UserError: here or on first use: missing files, malformed records (with file and line or record), missing fields,
-        an empty response.
+      UserError: here or on first use: an option that this kind does not know, missing or damaged files, malformed
+        records (with file and line or record), missing fields, an empty response.
     """
     return _KINDS[config.kind](config)

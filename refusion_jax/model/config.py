@@ -8,6 +8,7 @@ from typing import Any
 
 from refusion_jax import storage
 from refusion_jax.errors import UserError
+from refusion_jax.settings import build, not_negative
 
 DTYPES = ("float32", "bfloat16")
 ATTENTION = ("auto", "xla", "cudnn", "splash")
@@ -66,8 +67,11 @@ class ModelConfig:
             )
         if self.head_dim % 2:
             raise UserError(f"model.head_dim = {self.head_dim} is odd; rotary embeddings need an even one.")
-        if self.rope_theta <= 1:
-            raise UserError(f"model.rope_theta is {self.rope_theta}; the base of rotary angles must be more than 1.")
+        if not 1 < self.rope_theta < math.inf:
+            raise UserError(
+                f"model.rope_theta is {self.rope_theta}; the base of rotary angles must be more than 1, and finite."
+            )
+        not_negative("model", self, "rms_norm_eps")
         if self.original_max_position_embeddings:
             self._check_original()
         if self.logical_vocab_size > self.vocab_size:
@@ -190,63 +194,108 @@ def qwen3(size: str) -> ModelConfig:
     )
 
 
+@dataclasses.dataclass(frozen=True)
+class _HuggingFace:
+    """What is read of a `config.json`, by its names."""
+
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    head_dim: int
+    rms_norm_eps: float
+    max_position_embeddings: int
+    rope_theta: float = 1e6
+    tie_word_embeddings: bool = False
+    hidden_act: str = "silu"
+    attention_bias: bool = False
+    use_sliding_window: bool = False
+    mask_token_id: int | None = None
+    bos_token_id: int | None = None
+    eos_token_id: int | None = None
+    pad_token_id: int | None = None
+
+
 def from_huggingface(source: dict[str, Any] | str | pathlib.Path) -> ModelConfig:
     """ModelConfig of a Hugging Face Qwen3 `config.json`, given as its dict or its path.
 
     Special ids are taken where the file names them (`mask_token_id`, `bos_token_id`, `eos_token_id`, `pad_token_id`).
 
     Raises:
-      UserError: the file is missing or malformed, another architecture, scaled RoPE, biases, or a missing field.
+      UserError: the file is missing or malformed, another architecture, scaled RoPE, biases, a sliding window, another
+        activation, a missing field, or one of the wrong type or range.
     """
-    where = "the given config"
+    where = "the given config" if isinstance(source, dict) else str(source)
     if not isinstance(source, dict):
-        where = str(source)
-        try:
-            source = json.loads(storage.read(storage.as_path(source)))
-        except OSError as error:
-            raise UserError(
-                f"Cannot read the model's config {where}: {error.strerror or error}. Point at a folder with a "
-                "config.json."
-            ) from None
-        except json.JSONDecodeError as error:
-            raise UserError(
-                f"{where} is not valid JSON (line {error.lineno}: {error.msg}); download or export it again."
-            ) from None
+        source = read_huggingface(source)
     if source.get("model_type") != "qwen3":
         raise UserError(
             f"{where} describes a model of type {source.get('model_type')!r} ({source.get('architectures')}); only "
             "the dense Qwen3 decoder (model_type 'qwen3') can be read."
         )
     rope = source.get("rope_parameters") or source.get("rope_scaling") or {}
-    if rope.get("rope_type", rope.get("type", "default")) != "default":
+    if not isinstance(rope, dict) or rope.get("rope_type", rope.get("type", "default")) != "default":
         raise UserError(
             f"{where} asks for scaled rotary embeddings ({rope}); only the default kind is supported. Remove the "
             "scaling to use the model at its native length."
         )
-    if source.get("attention_bias"):
-        raise UserError(f"{where} has attention_bias = true; Qwen3 checkpoints without biases are supported.")
-    theta = source.get("rope_theta", rope.get("rope_theta"))
-    eos = source.get("eos_token_id")
+    given = {f.name: source[f.name] for f in dataclasses.fields(_HuggingFace) if source.get(f.name) is not None}
+    if rope.get("rope_theta") is not None:
+        given.setdefault("rope_theta", rope["rope_theta"])
+    if isinstance(given.get("eos_token_id"), list):
+        given["eos_token_id"] = next(iter(given["eos_token_id"]), None)
+    found = build(_HuggingFace, given, where)
+    for name in ("hidden_act", "attention_bias", "use_sliding_window"):
+        value, known = getattr(found, name), getattr(_HuggingFace, name)
+        if value != known:
+            raise UserError(
+                f"{where} has {name} = {value!r}; only models with {known!r} there can be read, as the published "
+                "Qwen3 are."
+            )
+    return ModelConfig(
+        vocab_size=found.vocab_size,
+        hidden_size=found.hidden_size,
+        intermediate_size=found.intermediate_size,
+        num_layers=found.num_hidden_layers,
+        num_heads=found.num_attention_heads,
+        num_kv_heads=found.num_key_value_heads,
+        head_dim=found.head_dim,
+        tie_embeddings=found.tie_word_embeddings,
+        rope_theta=found.rope_theta,
+        rms_norm_eps=found.rms_norm_eps,
+        max_position_embeddings=found.max_position_embeddings,
+        mask_token_id=found.mask_token_id,
+        begin_token_id=found.bos_token_id,
+        eos_token_id=found.eos_token_id,
+        pad_token_id=found.pad_token_id,
+    )
+
+
+def read_huggingface(path: str | pathlib.Path) -> dict[str, Any]:
+    """What a `config.json`, of a model of any kind, holds.
+
+    Raises:
+      UserError: it is missing or malformed.
+    """
     try:
-        return ModelConfig(
-            vocab_size=source["vocab_size"],
-            hidden_size=source["hidden_size"],
-            intermediate_size=source["intermediate_size"],
-            num_layers=source["num_hidden_layers"],
-            num_heads=source["num_attention_heads"],
-            num_kv_heads=source["num_key_value_heads"],
-            head_dim=source["head_dim"],
-            tie_embeddings=bool(source.get("tie_word_embeddings", False)),
-            rope_theta=float(theta if theta is not None else 1e6),
-            rms_norm_eps=float(source["rms_norm_eps"]),
-            max_position_embeddings=source["max_position_embeddings"],
-            mask_token_id=source.get("mask_token_id"),
-            begin_token_id=source.get("bos_token_id"),
-            eos_token_id=eos[0] if isinstance(eos, list) else eos,
-            pad_token_id=source.get("pad_token_id"),
-        )
-    except KeyError as error:
-        raise UserError(f"{where} has no field {error}; it is not a complete Qwen3 config.") from None
+        content = storage.read(storage.as_path(path))
+    except OSError as error:
+        raise UserError(
+            f"Cannot read the model's config {path}: {error.strerror or error}. Point at a folder with a config.json."
+        ) from None
+    try:
+        found = json.loads(content)
+    except json.JSONDecodeError as error:
+        raise UserError(
+            f"{path} is not valid JSON (line {error.lineno}: {error.msg}); download or export it again."
+        ) from None
+    except (ValueError, RecursionError) as error:  # no text, thousands of digits or of brackets
+        raise UserError(f"{path} is not valid JSON ({error}); download or export it again.") from None
+    if not isinstance(found, dict):
+        raise UserError(f"{path} holds a JSON {type(found).__name__}, not an object; download or export it again.")
+    return found
 
 
 def to_huggingface(config: ModelConfig, dtype: str = "float32") -> dict[str, Any]:
