@@ -168,7 +168,7 @@ def listen(host: str, port: int) -> socket.socket:
     """A socket at an address; connections are accepted when the server runs.
 
     Raises:
-      UserError: the address is taken, or not this machine's.
+      UserError: the address is taken, not this machine's, or none at all.
     """
     if not 0 <= port <= 65535:
         raise UserError(f"--port is {port}; choose one from 1 to 65535, or 0 for any that is free.")
@@ -177,7 +177,7 @@ def listen(host: str, port: int) -> socket.socket:
         found = socket.socket(family, kind, protocol)
         found.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         found.bind(address)
-    except OSError as error:
+    except (OSError, UnicodeError) as error:  # a UnicodeError: a part of the name is too long, or empty
         raise UserError(
             f"Cannot listen on {host} port {port} ({error}). Choose another --port (0: any that is free) or --host."
         ) from None

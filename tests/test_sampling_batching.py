@@ -539,6 +539,8 @@ def test_bad_settings(options, message):
         ([[2]], {"mask_token_id": None}, {}, "no mask token"),
         ([[2]], {"eos_token_id": None}, {}, "no end-of-sequence token"),
         ([[2]], {}, {"batch_size": 0}, "batch_size is 0"),
+        ([[2]], {}, {"seed": -1}, "seed is -1"),
+        ([[2]], {}, {"seed": 2**32}, "seed is 4294967296; it must lie in 0 .. 4294967295"),
     ],
 )
 def test_bad_prompts_and_models(prompts, model, options, message):

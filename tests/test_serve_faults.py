@@ -361,6 +361,7 @@ def test_sigterm_under_load_finishes_what_runs(compiled_once, repository, tmp_pa
         (["--api-key-file", "/nowhere/keys"], "Cannot read --api-key-file"),
         (["--port", "99999"], "--port is 99999"),
         (["--host", "192.0.2.1", "--no-key"], "Cannot listen"),
+        (["--host", "x" * 70 + ".com", "--no-key"], "Cannot listen"),
         (["--batch-size", "0"], "--batch-size is 0"),
         (["--timeout", "-1"], "--timeout is -1"),
     ],

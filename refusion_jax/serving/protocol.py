@@ -7,9 +7,10 @@ there is refused.
 import dataclasses
 import json
 import math
+from collections.abc import Callable
 from typing import Any
 
-from refusion_jax.data.tokenizers import Tokenizer
+from refusion_jax.data.tokenizers import Tokenizer, check_text
 from refusion_jax.errors import UserError
 from refusion_jax.model.config import ModelConfig
 from refusion_jax.sampling import SamplerConfig
@@ -134,11 +135,9 @@ def text_of(value: Any, param: str) -> str:
     if not isinstance(value, str):
         raise BadRequest(f"{param} is {shown(value)}; it must be a string.", param)
     try:
-        value.encode("utf-8")
-    except UnicodeEncodeError as error:
-        raise BadRequest(
-            f"{param} contains half of a surrogate pair at character {error.start}; send UTF-8.", param
-        ) from None
+        check_text(value, param)
+    except UserError as error:
+        raise BadRequest(str(error), param) from None
     return value
 
 
