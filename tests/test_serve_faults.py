@@ -114,6 +114,27 @@ def test_deadline_ends_a_request(client, http_client, service):
     wait_until_idle(service)
 
 
+def test_deadline_is_one_of_scores_too(http_client, service):
+    body = {"prompt": "x", "echo": True, "max_tokens": 0, "logprobs": 1}
+    assert http_client.post("/v1/completions", json=body | {"timeout": 1e-6}).status_code == 504
+    assert http_client.post("/v1/completions", json=body).status_code == 200
+    wait_until_idle(service)
+
+
+def test_upgrades_that_clients_offer_are_ignored(address, client):
+    """As curl --http2 and Java's client offer them, with every request of a connection."""
+    place = urllib.parse.urlsplit(address)
+    connection = http.client.HTTPConnection(place.hostname, place.port, timeout=60)
+    expected = client.completions.create(model="tiny", prompt="sun").choices[0].text
+    headers = {"Connection": "Upgrade, HTTP2-Settings", "Upgrade": "h2c", "HTTP2-Settings": "AAMAAABkAAQAAP__"}
+    for extra in ("", " " * 100_000):  # a body that comes in pieces
+        connection.request("POST", "/v1/completions", json.dumps({"prompt": "sun"}) + extra, headers)
+        response = connection.getresponse()
+        found = json.loads(response.read())
+        assert response.status == 200 and found["choices"][0]["text"] == expected
+    connection.close()
+
+
 def post_and_hang_up(address: str, path: str, body: dict, read: int = 0) -> None:
     """Sends a request and goes away, after so many bytes of the answer."""
     place = urllib.parse.urlsplit(address)
