@@ -223,6 +223,12 @@ def test_prompts_that_begin_alike_are_forwarded_once(http_client, service):
     assert third == first and hits == 128
 
 
+@pytest.mark.parametrize("identity", ["\xe9", "a b", "x" * 65])
+def test_ids_of_requests_that_are_no_words_are_replaced(http_client, identity):
+    found = http_client.get("/health", headers={"X-Request-Id": identity.encode("latin-1")}).headers["x-request-id"]
+    assert re.fullmatch("[0-9a-f]{32}", found)
+
+
 def test_log_has_a_line_per_request_and_no_text_of_it(client, caplog):
     with caplog.at_level("INFO", logger="refusion_jax.serving"):
         response = ask(client, "a secret", extra_headers={"X-Request-Id": "mine-1"})

@@ -48,6 +48,8 @@ pytest_plugins = ["served"]
         ({"extra_body": {"method": "guess"}}, "method"),
         ({"extra_body": {"slot_threshold": 2}}, "slot_threshold"),
         ({"extra_body": {"slot_size": 8}}, "slot_size"),
+        ({"extra_body": {"timeout": 0}}, "timeout"),
+        ({"extra_body": {"timeout": -1}}, "timeout"),
         ({"extra_body": {"stop_token_ids": [1e9]}}, "stop_token_ids"),
         ({"messages": []}, "messages"),
         ({"messages": [{"role": "robot", "content": "x"}]}, None),

@@ -280,7 +280,7 @@ def common(body: dict, offer: Offer, default_tokens: int, fewest: int = 1) -> di
         include_usage=flag(options, "include_usage", "stream_options.include_usage"),
         slots=flag(options, "slots", "stream_options.slots"),
         diffusing=flag(body, "diffusing"),
-        timeout=number(body, "timeout", None, 0),
+        timeout=number(body, "timeout", None, 1e-6),
     )
 
 
