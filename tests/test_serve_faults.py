@@ -23,6 +23,8 @@ from served import ask, sample_values, wait_until_idle
 
 from refusion_jax import serve
 from refusion_jax.errors import UserError
+from refusion_jax.sampling import MaskedConfig
+from refusion_jax.serving import protocol
 
 pytest_plugins = ["served"]
 
@@ -63,6 +65,23 @@ def test_bad_fields_are_named(client, fields, param):
         client.chat.completions.create(**{"model": "tiny", "messages": messages} | fields)
     assert caught.value.param == param and caught.value.type == "invalid_request_error"
     assert caught.value.message
+
+
+@pytest.mark.parametrize(
+    "own, fields",
+    [
+        ({}, {"cfg_scale": 1.5}),
+        ({"cfg_scale": 1.5}, {"cfg_scale": 0, "threshold": 0.5}),
+        ({"schedule": "linear_t"}, {"steps": 64, "threshold": 0.5}),
+    ],
+)
+def test_settings_that_need_other_programs_are_named(own, fields):
+    config = MaskedConfig(gen_length=8, **own)
+    offer = protocol.Offer(None, None, {"masked": config}, 64, 4, "tiny")
+    with pytest.raises(protocol.BadRequest, match="when the server was started") as caught:
+        protocol.settings(fields, offer)
+    assert caught.value.param == next(iter(fields))
+    assert ("cfg_scale" in config.changeable) == (config.cfg_scale > 0)
 
 
 def test_keys_are_asked_for_under_v1_only(service):

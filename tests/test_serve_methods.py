@@ -66,6 +66,9 @@ def test_answers_are_those_of_the_prompt_alone(objective, flags, own):
         for given, answers in asked.values():
             found = ask(prompt=QUERIES, method=config.method, **given)
             assert [choice["text"] for choice in found["choices"]] == answers
+        for query, text in zip(QUERIES, asked[str({"max_tokens": 8})][1]):
+            stop = next(filter(str.isascii, text), "never to be seen")
+            assert ask(prompt=query, max_tokens=8, stop=stop)["choices"][0]["text"] == text.split(stop)[0]
         if hole:
             found = ask(prompt="def f(", suffix="):", max_tokens=6)["choices"][0]["text"]
             assert found == filled(template, decoder.tokenizer, hole).holes[0]

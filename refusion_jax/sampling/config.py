@@ -88,6 +88,11 @@ class SamplerConfig(abc.ABC):
         names = [field.name for field in dataclasses.fields(self) if not field.metadata["traced"]]
         return {"method": self.method} | {name: getattr(self, name) for name in names}
 
+    @property
+    def changeable(self) -> list[str]:
+        """Names of the settings that a request may have otherwise."""
+        return [field.name for field in dataclasses.fields(self) if field.metadata["traced"]]
+
     def traced(self, limit: int) -> dict[str, np.ndarray]:
         """By name, the settings of this method alone that are each request's own; `limit` is that of its tokens."""
         common = [field.name for field in dataclasses.fields(SamplerConfig)]

@@ -197,10 +197,7 @@ class Service:
                 "model": self.offer.name,
                 "max_length": self.offer.max_length,
                 "methods": methods,
-                "own_settings": {
-                    name: [field.name for field in dataclasses.fields(config) if field.metadata["traced"]]
-                    for name, config in self.offer.methods.items()
-                },
+                "own_settings": {name: config.changeable for name, config in self.offer.methods.items()},
                 "batch_size": {name: lane.engine.batch for name, lane in self.device.lanes.items()},
                 "max_waiting": self.device.max_waiting,
                 "compilations_since_warm_up": self.metrics.compiled_since(),

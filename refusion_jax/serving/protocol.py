@@ -293,9 +293,11 @@ def settings(body: dict, offer: Offer) -> SamplerConfig:
     changes = {}
     for field in dataclasses.fields(config):
         value, own = body.get(field.name), getattr(config, field.name)
-        if value is None:
+        if (
+            value is None or field.name == "stop"
+        ):  # of a request: strings, though some methods have a setting of this name
             continue
-        if not field.metadata["traced"]:
+        if field.name not in config.changeable:
             if value != own:
                 raise BadRequest(
                     f"{field.name} is {shown(value)}; it was set to {own} when the server was started.", field.name
@@ -311,10 +313,19 @@ def settings(body: dict, offer: Offer) -> SamplerConfig:
         if abs(value) >= 2**31:
             raise BadRequest(f"{field.name} is {shown(body[field.name])}; that is out of range.", field.name)
         changes[field.name] = max(value, 0) if field.name == "top_k" and value == -1 else value  # vLLM's -1: all
+    alone = lambda name: dataclasses.replace(config, **{name: changes[name]})
     try:
-        return dataclasses.replace(config, **changes)
+        found = dataclasses.replace(config, **changes)
+        other = [name for name in changes if found.static != config.static != alone(name).static]
     except UserError as error:
         raise BadRequest(str(error), next((name for name in changes if name in str(error)), None)) from None
+    if other:
+        raise BadRequest(
+            f"{other[0]} is {shown(body[other[0]])}, which needs other programs than those compiled for "
+            f"{getattr(config, other[0])} when the server was started. Leave it out, or start the server with it.",
+            other[0],
+        )
+    return found
 
 
 def refuse_absent(body: dict) -> None:
