@@ -49,6 +49,12 @@ def test_max_tokens_is_a_limit_and_names_the_reason(client):
     assert ask(client, "sun", max_completion_tokens=3).choices[0].message.content == found.choices[0].message.content
 
 
+def test_chat_that_names_no_limit_may_fill_what_room_there_is(client):
+    for length in range(170, 187):  # two tokens more are a prompt; slots have 4
+        found = ask(client, "x" * length).usage
+        assert found.prompt_tokens == length + 2 and 1 <= found.completion_tokens <= 192 - found.prompt_tokens
+
+
 def test_models_and_other_pages_of_information(client, http_client):
     (model,) = client.models.list().data
     assert (model.id, model.max_model_len) == ("tiny", 192)

@@ -247,6 +247,18 @@ def check_prompt(
     prompt: Sequence[int], model: ModelConfig, sampler: SamplerConfig, limit: int = 0, where: str = "The prompt"
 ) -> None:
     """Raises a UserError where a prompt, called so in it, cannot be decoded; `limit` as for `check_prompts`."""
+    check_ids(prompt, model, where)
+    length = sampler.up_to(limit)
+    total = len(prompt) + length
+    if total > model.max_position_embeddings:
+        raise UserError(
+            f"{where} has {len(prompt)} tokens; with gen_length {length} that is {total} positions, more than the "
+            f"model's {model.max_position_embeddings}. Shorten the prompt or gen_length."
+        )
+
+
+def check_ids(prompt: Sequence[int], model: ModelConfig, where: str = "The prompt") -> None:
+    """Raises a UserError where a prompt, called so in it, has no ids, or some that no prompt may have."""
     if len(prompt) == 0:
         raise UserError(f"{where} is empty; a prompt needs at least one token, for example the begin token.")
     ids = np.asarray(prompt)
@@ -260,11 +272,4 @@ def check_prompt(
         raise UserError(
             f"{where} contains the mask token (id {model.mask_token_id}) at index "
             f"{int((ids == model.mask_token_id).argmax())}; remove it, only responses are masked."
-        )
-    length = sampler.up_to(limit)
-    total = len(prompt) + length
-    if total > model.max_position_embeddings:
-        raise UserError(
-            f"{where} has {len(prompt)} tokens; with gen_length {length} that is {total} positions, more than the "
-            f"model's {model.max_position_embeddings}. Shorten the prompt or gen_length."
         )
