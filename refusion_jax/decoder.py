@@ -30,7 +30,7 @@ from refusion_jax.model.config import ModelConfig
 from refusion_jax.parallel import sharding
 from refusion_jax.parallel.mesh import make_mesh
 from refusion_jax.sampling import Engine, Generation, SamplerConfig, stream
-from refusion_jax.sampling.batching import serve
+from refusion_jax.sampling.batching import check_batch, serve
 from refusion_jax.sampling.methods import METHODS, config_class, sampler_config, suited
 from refusion_jax.sampling.programs import decode_params
 from refusion_jax.settings import build, of_kind
@@ -125,7 +125,7 @@ class Decoder:
         """Answers to prompts (one user turn each) as they are finished; options of `sampling.stream`.
 
         Raises:
-          UserError: an empty prompt, or one that does not fit the model.
+          UserError: an empty prompt, or one that does not fit the model; no such batch size or seed.
         """
         for index, prompt in enumerate(prompts):
             if not prompt.strip():
@@ -159,7 +159,11 @@ class Decoder:
     ) -> list[Filled]:
         """Templates with their holes filled, `batch_size` at a time, with at most config.gen_length tokens in the holes
         of each.
+
+        Raises:
+          UserError: a template cannot be filled, or this model or method cannot fill it; no such batch size or seed.
         """
+        check_batch(batch_size, seed)
         requests = [request(t, self.tokenizer, self.model, config, i, seed) for i, t in enumerate(templates)]
         longest = max((len(r.tokens) for r in requests), default=0)
         batch = min(batch_size, max(1, len(requests)))

@@ -173,9 +173,9 @@ def answer_interactively(decoder: Decoder, config: SamplerConfig, arguments: arg
             return
         if not prompt.strip():
             return
-        while room < len(decoder.tokenizer.encode_prompt(prompt)):
-            room *= 2
         try:
+            while room < len(decoder.tokenizer.encode_prompt(prompt)):
+                room *= 2
             for answer in decoder.stream(
                 [prompt], config, batch_size=1, seed=arguments.seed, every=1 if live else 0, max_prompt_length=room
             ):

@@ -10,7 +10,7 @@ import itertools
 from collections.abc import Sequence
 from typing import Any
 
-from refusion_jax.data.tokenizers import Tokenizer
+from refusion_jax.data.tokenizers import Tokenizer, check_text
 from refusion_jax.errors import UserError
 from refusion_jax.model.config import ModelConfig
 from refusion_jax.sampling import Generation, Prompt, SamplerConfig
@@ -45,6 +45,8 @@ class Template:
         for part in self.parts:
             if not isinstance(part, (str, Hole)):
                 raise UserError(f"A part of the template is {part!r}; it must be a text or a Hole(tokens).")
+            if isinstance(part, str):
+                check_text(part, f"The part {part[:20]!r} of the template")
         for index, size in enumerate(self.sizes):
             if size < 1:
                 raise UserError(f"Hole {index} has {size} tokens; it needs at least one.")

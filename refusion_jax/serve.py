@@ -13,6 +13,7 @@ import ipaddress
 import logging
 import os
 import pathlib
+import re
 import socket
 import sys
 import time
@@ -39,6 +40,7 @@ from refusion_jax.sampling.programs import cache_bucket, make_sampler
 
 try:
     import uvicorn
+    from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
     from refusion_jax.serving import scoring
     from refusion_jax.serving.app import Service
@@ -168,7 +170,7 @@ def listen(host: str, port: int) -> socket.socket:
     """A socket at an address; connections are accepted when the server runs.
 
     Raises:
-      UserError: the address is taken, or not this machine's.
+      UserError: the address is taken, not this machine's, or none at all.
     """
     if not 0 <= port <= 65535:
         raise UserError(f"--port is {port}; choose one from 1 to 65535, or 0 for any that is free.")
@@ -177,7 +179,7 @@ def listen(host: str, port: int) -> socket.socket:
         found = socket.socket(family, kind, protocol)
         found.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         found.bind(address)
-    except OSError as error:
+    except (OSError, UnicodeError) as error:  # a UnicodeError: a part of the name is too long, or empty
         raise UserError(
             f"Cannot listen on {host} port {port} ({error}). Choose another --port (0: any that is free) or --host."
         ) from None
@@ -268,6 +270,10 @@ def free_memory(device: jax.Device) -> float:
 # --- Running.
 
 
+# The head of a request up to the name of its first header `Upgrade`.
+UPGRADE = re.compile(rb"\A([A-Z]+ [^\r\n]+\r\n(?:[^\r\n]+\r\n)*?)upgrade:", re.IGNORECASE)
+
+
 def log_requests() -> None:
     """Lines of requests go to stderr."""
     log, handler = logging.getLogger("refusion_jax.serving"), logging.StreamHandler()
@@ -292,14 +298,21 @@ def run(service: "Service", listening: socket.socket, grace: float) -> None:
             drained = service.draining and (not service.active or time.monotonic() > self.stop_by)
             return await super().on_tick(counter) or drained or service.device.state == BROKEN
 
+    class Protocol(HttpToolsProtocol):
+        def data_received(self, data: bytes) -> None:
+            # httptools takes the body behind `Upgrade: h2c`, which curl --http2 and Java's client send with every
+            # request, for another protocol's. So it does not get to see that header, which servers may ignore.
+            super().data_received(UPGRADE.sub(rb"\1x-upgrade:", data))
+
     config = uvicorn.Config(
         service.application(),
+        http=Protocol,
         log_config=None,
         access_log=False,
         lifespan="off",
         ws="none",
         timeout_keep_alive=30,
-        timeout_graceful_shutdown=5,
+        timeout_graceful_shutdown=min(5, grace),  # for what is on its way to clients
         server_header=False,
         proxy_headers=False,
     )

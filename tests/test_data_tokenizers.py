@@ -161,6 +161,7 @@ def test_what_stands_between_special_tokens_is_one_plain_text(qwen3):
         ),
         ([{"content": "a"}], "Message 0 has the role None"),
         ([{"role": "user", "content": ["a"]}], r"Message 0 has the content \['a'\]"),
+        ([{"role": "user", "content": "ab\ud800"}], r"Message 0 has '\\ud800' at character 2"),
     ],
     ids=str,
 )

@@ -364,6 +364,13 @@ def test_bad_arguments_are_named(loaded, checkpoint, tmp_path, arguments, messag
         start(checkpoint, tmp_path / "out", *arguments)
 
 
+@pytest.mark.parametrize("given", [{"batch_size": 0}, {"seed": -1}, {"seed": 2**32}], ids=str)
+def test_bad_batches_and_seeds_are_named(decoder, given):
+    ((name, value),) = given.items()
+    with pytest.raises(UserError, match=f"{name} is {value}"):
+        DecoderLM(decoder, decoder.settings(), **given)
+
+
 def test_data_that_cannot_be_had_say_how_to_give_them(monkeypatch):
     import datasets
 

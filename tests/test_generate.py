@@ -160,6 +160,7 @@ BAD_LINES = {
     '{"prompt": 3}': "the prompt is 3",
     '{"prompt": " "}': "not empty",
     json.dumps({"prompt": "long " * 30}): "152 tokens",
+    json.dumps({"prompt": "\ud800"}): r"Message 0 has '\ud800' at character 0",
 }
 
 
@@ -186,6 +187,8 @@ def test_bad_lines_are_named_and_can_be_skipped(loaded, checkpoint, answers, tmp
         (["--prompt", "x", "--mesh", "3,1,-1"], "does not fit"),
         (["--prompt", "x", "--step", "9"], "no checkpoint of step 9"),
         (["--prompt", ""], "Prompt 0 is empty"),
+        (["--prompt", "a\udcff"], r"Message 0 has '\udcff' at character 1"),
+        (["--prompt", "x", "--seed", "-1"], "seed is -1"),
         (["--prompt", "x", "--slot-threshold", "1.5"], "slot_threshold is 1.5"),
         (["--prompt", "x", "--temperature", "inf"], "temperature is inf"),
         (["--prompt", "x", "--temperature", "nan"], "temperature is nan"),

@@ -272,6 +272,7 @@ def test_end_and_pad_close_a_hole(decoder):
         ([Hole(8)], "Nothing is given"),
         (["", Hole(8)], "Nothing is given"),
         (["a", 4], "is 4; it must be a text or a Hole"),
+        (["a\ud800", Hole(8)], r"'a\\ud800' of the template has '\\ud800' at character 1"),
         (["a" * 100, Hole(64)], "164 positions .*more than the model's 128"),
     ],
 )

@@ -386,7 +386,7 @@ def test_no_row_is_given_more_room_than_its_window_has(platform):
 
 def test_cutting_to_one_id_is_greedy(answers):
     greedy = [contents(a) for a in answers[0][:8]]
-    for options in ({"top_k": 1}, {"top_p": 1e-6}):
+    for options in ({"top_k": 1}, {"top_p": 1e-6}, {"top_p": 1e-39}, {"top_p": 1e-300}):
         config = dataclasses.replace(CONFIG, temperature=2.0, **options)
         cut = generate(PARAMS, MODEL, config, PROMPTS[:8], batch_size=BATCH, max_prompt_length=60)
         assert [contents(a) for a in cut] == greedy
@@ -552,6 +552,8 @@ def test_bad_settings(options, message):
         ([[2]], {"mask_token_id": None}, {}, "no mask token"),
         ([[2]], {"eos_token_id": None}, {}, "no end-of-sequence token"),
         ([[2]], {}, {"batch_size": 0}, "batch_size is 0"),
+        ([[2]], {}, {"seed": -1}, "seed is -1"),
+        ([[2]], {}, {"seed": 2**32}, "seed is 4294967296; it must lie in 0 .. 4294967295"),
     ],
 )
 def test_bad_prompts_and_models(prompts, model, options, message):

@@ -1,15 +1,18 @@
 """The server, as the clients that people have see it."""
 
+import dataclasses
 import json
+import re
 import time
 
 import openai
 import pytest
 from served import QUERIES, SETTINGS, ask, sample_values, wait_until_idle
 
+from refusion_jax.data.tokenizers import load_tokenizer
 from refusion_jax.infilling import Hole, Template
-from refusion_jax.sampling import generate
-from refusion_jax.serving import metrics
+from refusion_jax.sampling import AutoregressiveConfig, Generation, generate
+from refusion_jax.serving import metrics, protocol, responses
 
 pytest_plugins = ["served"]
 
@@ -47,6 +50,12 @@ def test_max_tokens_is_a_limit_and_names_the_reason(client):
     assert found.usage.completion_tokens <= 3
     assert found.choices[0].finish_reason == "length"
     assert ask(client, "sun", max_completion_tokens=3).choices[0].message.content == found.choices[0].message.content
+
+
+def test_chat_that_names_no_limit_may_fill_what_room_there_is(client):
+    for length in range(170, 187):  # two tokens more are a prompt; slots have 4
+        found = ask(client, "x" * length).usage
+        assert found.prompt_tokens == length + 2 and 1 <= found.completion_tokens <= 192 - found.prompt_tokens
 
 
 def test_models_and_other_pages_of_information(client, http_client):
@@ -96,10 +105,25 @@ def test_slots_of_a_stream_are_the_order_of_commitment(client, answers):
         assert "".join(text for slot in slots for text in slot["texts"])
 
 
-def test_diffusing_stream_replaces_and_ends_with_the_answer(client):
+@pytest.mark.parametrize("more", [{}, {"logprobs": True}, {"max_tokens": 3}], ids=str)
+def test_diffusing_stream_replaces_and_ends_with_the_answer(client, more):
     for query in QUERIES:
-        chunks = chunks_of(client, query, extra_body={"diffusing": True})
-        assert chunks[-1].choices[0].delta.content == ask(client, query).choices[0].message.content
+        chunks = chunks_of(client, query, extra_body={"diffusing": True}, **more)
+        whole = ask(client, query, **more).choices[0].message.content
+        assert chunks[-1].choices[0].delta.content == whole
+        nothing = chunks_of(client, query, extra_body={"diffusing": True}, **more | {"stop": whole[0]})
+        assert nothing[-1].choices[0].delta.content == ""
+
+
+@pytest.mark.parametrize("more", [{}, {"logprobs": 1}, {"logprobs": 1, "max_tokens": 0}], ids=str)
+def test_diffusing_stream_keeps_the_prompt_that_it_echoes(client, more):
+    body = dict(model="tiny", prompt=["some context", "où"], echo=True) | more
+    found = {}
+    for chunk in client.completions.create(stream=True, extra_body={"diffusing": True}, **body):
+        (choice,) = chunk.choices
+        assert choice.text.startswith(body["prompt"][choice.index])
+        found[choice.index] = choice.text
+    assert found == {choice.index: choice.text for choice in client.completions.create(**body).choices}
 
 
 def test_stop_strings_cut_the_answer_and_nothing_of_them_is_shown(client, answers, decoder):
@@ -118,6 +142,36 @@ def test_stop_strings_cut_the_answer_and_nothing_of_them_is_shown(client, answer
         assert "".join(chunk.choices[0].delta.content or "" for chunk in chunks) == expected
         assert chunks[-1].choices[0].finish_reason == "stop"
     assert tried >= 2
+
+
+@pytest.mark.parametrize("method", ["plan_and_infill", "autoregressive"])
+def test_usage_and_logprobs_end_with_the_token_that_completes_a_stop_string(client, answers, decoder, method):
+    tried = 0
+    for query in QUERIES:
+        tokens = answers[method, query].tokens
+        texts = [decoder.tokenizer.decode(tokens[:count]) for count in range(len(tokens) + 1)]
+        stop = next((letter for letter in texts[-1] if letter.isascii()), None)
+        if stop is None:
+            continue
+        tried += 1
+        count = next(count for count, text in enumerate(texts) if stop in text)
+        found = ask(client, query, stop=stop, logprobs=True, extra_body={"method": method})
+        assert found.usage.completion_tokens == len(found.choices[0].logprobs.content) == count
+    assert tried >= 2
+
+
+@pytest.mark.parametrize("step", [1, 2, 3, 9])
+def test_stop_strings_end_an_answer_at_the_same_place_however_much_comes_at_once(step):
+    tokenizer, config = load_tokenizer("bytes"), AutoregressiveConfig(gen_length=9)
+    request = protocol.Request([[1]], config, 9, stops=("abcdef", "bc", "efg"))
+    writing = responses.Writing(tokenizer, request, tokenizer.eos_id, 0)
+    whole = Generation(0, list(b"xabcdefgh"), list(range(9)), list(b"xabcdefgh"), list(range(9)), 9, 9, True)
+    for count in range(step, 10, step):
+        if not writing.finish:
+            writing.update(dataclasses.replace(responses.cut(whole, count), finished=count == 9))
+    assert (writing.text, writing.finish) == ("xa", "stop")
+    found = responses.usage(request, [writing])
+    assert (found["completion_tokens"], found["refusion"]["rounds"]) == (4, 4)
 
 
 def test_stop_ids_and_thresholds_are_each_requests_own(client, decoder, answers):
@@ -221,6 +275,12 @@ def test_prompts_that_begin_alike_are_forwarded_once(http_client, service):
     http_client.post("/flush_cache")
     third, (_, hits) = answers()
     assert third == first and hits == 128
+
+
+@pytest.mark.parametrize("identity", ["\xe9", "a b", "x" * 65])
+def test_ids_of_requests_that_are_no_words_are_replaced(http_client, identity):
+    found = http_client.get("/health", headers={"X-Request-Id": identity.encode("latin-1")}).headers["x-request-id"]
+    assert re.fullmatch("[0-9a-f]{32}", found)
 
 
 def test_log_has_a_line_per_request_and_no_text_of_it(client, caplog):

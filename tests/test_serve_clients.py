@@ -6,6 +6,7 @@ import json
 import jax
 import jax.numpy as jnp
 import numpy as np
+import openai
 import pytest
 from served import QUERIES, ask
 
@@ -146,6 +147,14 @@ def test_echo_gives_the_likelihood_of_prompts(client, decoder):
             assert max(top.values()) >= logprob
     only = client.completions.create(model="tiny", prompt=prompts[0], max_tokens=0, logprobs=0, echo=True).choices[0]
     assert only.logprobs.token_logprobs == found.choices[0].logprobs.token_logprobs[:-1]
+
+
+def test_a_prompt_alone_may_take_all_the_room(client):
+    body = dict(model="tiny", prompt="a" * 192, max_tokens=0, echo=True)
+    (choice,) = client.completions.create(logprobs=0, **body).choices
+    assert choice.text == body["prompt"] and len(choice.logprobs.tokens) == 192
+    with pytest.raises(openai.BadRequestError, match="takes 193 of this server's 192"):
+        client.completions.create(**body | {"prompt": "a" * 193})
 
 
 def test_logprobs_of_an_answer(client, decoder, answers):

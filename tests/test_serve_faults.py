@@ -23,6 +23,8 @@ from served import ask, sample_values, wait_until_idle
 
 from refusion_jax import serve
 from refusion_jax.errors import UserError
+from refusion_jax.sampling import MaskedConfig
+from refusion_jax.serving import protocol
 
 pytest_plugins = ["served"]
 
@@ -48,6 +50,8 @@ pytest_plugins = ["served"]
         ({"extra_body": {"method": "guess"}}, "method"),
         ({"extra_body": {"slot_threshold": 2}}, "slot_threshold"),
         ({"extra_body": {"slot_size": 8}}, "slot_size"),
+        ({"extra_body": {"timeout": 0}}, "timeout"),
+        ({"extra_body": {"timeout": -1}}, "timeout"),
         ({"extra_body": {"stop_token_ids": [1e9]}}, "stop_token_ids"),
         ({"messages": []}, "messages"),
         ({"messages": [{"role": "robot", "content": "x"}]}, None),
@@ -61,6 +65,23 @@ def test_bad_fields_are_named(client, fields, param):
         client.chat.completions.create(**{"model": "tiny", "messages": messages} | fields)
     assert caught.value.param == param and caught.value.type == "invalid_request_error"
     assert caught.value.message
+
+
+@pytest.mark.parametrize(
+    "own, fields",
+    [
+        ({}, {"cfg_scale": 1.5}),
+        ({"cfg_scale": 1.5}, {"cfg_scale": 0, "threshold": 0.5}),
+        ({"schedule": "linear_t"}, {"steps": 64, "threshold": 0.5}),
+    ],
+)
+def test_settings_that_need_other_programs_are_named(own, fields):
+    config = MaskedConfig(gen_length=8, **own)
+    offer = protocol.Offer(None, None, {"masked": config}, 64, 4, "tiny")
+    with pytest.raises(protocol.BadRequest, match="when the server was started") as caught:
+        protocol.settings(fields, offer)
+    assert caught.value.param == next(iter(fields))
+    assert ("cfg_scale" in config.changeable) == (config.cfg_scale > 0)
 
 
 def test_keys_are_asked_for_under_v1_only(service):
@@ -112,6 +133,27 @@ def test_deadline_ends_a_request(client, http_client, service):
     lines = [line for line in found.text.splitlines() if line]
     assert "error" in json.loads(lines[-2].removeprefix("data: ")) and lines[-1] == "data: [DONE]"
     wait_until_idle(service)
+
+
+def test_deadline_is_one_of_scores_too(http_client, service):
+    body = {"prompt": "x", "echo": True, "max_tokens": 0, "logprobs": 1}
+    assert http_client.post("/v1/completions", json=body | {"timeout": 1e-6}).status_code == 504
+    assert http_client.post("/v1/completions", json=body).status_code == 200
+    wait_until_idle(service)
+
+
+def test_upgrades_that_clients_offer_are_ignored(address, client):
+    """As curl --http2 and Java's client offer them, with every request of a connection."""
+    place = urllib.parse.urlsplit(address)
+    connection = http.client.HTTPConnection(place.hostname, place.port, timeout=60)
+    expected = client.completions.create(model="tiny", prompt="sun").choices[0].text
+    headers = {"Connection": "Upgrade, HTTP2-Settings", "Upgrade": "h2c", "HTTP2-Settings": "AAMAAABkAAQAAP__"}
+    for extra in ("", " " * 100_000):  # a body that comes in pieces
+        connection.request("POST", "/v1/completions", json.dumps({"prompt": "sun"}) + extra, headers)
+        response = connection.getresponse()
+        found = json.loads(response.read())
+        assert response.status == 200 and found["choices"][0]["text"] == expected
+    connection.close()
 
 
 def post_and_hang_up(address: str, path: str, body: dict, read: int = 0) -> None:
@@ -361,6 +403,7 @@ def test_sigterm_under_load_finishes_what_runs(compiled_once, repository, tmp_pa
         (["--api-key-file", "/nowhere/keys"], "Cannot read --api-key-file"),
         (["--port", "99999"], "--port is 99999"),
         (["--host", "192.0.2.1", "--no-key"], "Cannot listen"),
+        (["--host", "x" * 70 + ".com", "--no-key"], "Cannot listen"),
         (["--batch-size", "0"], "--batch-size is 0"),
         (["--timeout", "-1"], "--timeout is -1"),
     ],

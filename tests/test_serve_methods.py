@@ -66,8 +66,16 @@ def test_answers_are_those_of_the_prompt_alone(objective, flags, own):
         for given, answers in asked.values():
             found = ask(prompt=QUERIES, method=config.method, **given)
             assert [choice["text"] for choice in found["choices"]] == answers
+        for query, text in zip(QUERIES, asked[str({"max_tokens": 8})][1]):
+            stop = next(filter(str.isascii, text), "never to be seen")
+            assert ask(prompt=query, max_tokens=8, stop=stop)["choices"][0]["text"] == text.split(stop)[0]
         if hole:
             found = ask(prompt="def f(", suffix="):", max_tokens=6)["choices"][0]["text"]
             assert found == filled(template, decoder.tokenizer, hole).holes[0]
+        room = 64 - config.up_to(1)  # for a prompt, two tokens of which are the conversation's
+        for length in range(room - 9, room + 2):
+            body = {"messages": [{"role": "user", "content": "x" * (length - 2)}]}
+            found = httpx.post(f"{address}/v1/chat/completions", json=body, timeout=60).json()
+            assert ("choices" in found) == (length <= room), (length, found)
         assert "offers" in ask(prompt="x", method="plan_and_infill")["error"]["message"]
     assert metrics.compilations() == compiled

@@ -150,6 +150,53 @@ def test_settings_conversation_and_phone(browser, address, tmp_path):
     browser.screenshot(tmp_path / "api.png")
 
 
+def test_what_is_drawn_is_the_answer(browser, address):
+    """Nothing that was written behind its end, and as long as there is room for unless the settings say less."""
+    browser.open(address)
+    browser.until("return document.getElementById('model').textContent === 'tiny'")
+    for message, limit in (("sun", "3"), ("moon and stars", "5"), ("x" * 182, "")):
+        browser.run(f"document.getElementById('max_tokens').value = '{limit}'")
+        browser.run("document.getElementById('new').click()")
+        browser.press(message + ENTER)
+        browser.until(f"return document.querySelector('.answer .replay:not([hidden])') && ({IDLE[7:]})")
+        drawn = browser.run("return document.querySelectorAll('.token').length")
+        assert browser.run("return document.querySelector('.facts').textContent").startswith(f"{drawn} tokens")
+        assert 1 <= drawn <= int(limit or 192) and not browser.run("return document.querySelector('.open, .error')")
+
+
+HALF = """
+const slot = { index: 0, round: 0, positions: [...Array(1000).keys()], texts: Array(1000).fill("x") };
+const chunk = { choices: [{ delta: { content: "half" } }], refusion: { slots: [slot] } };
+window.fetch = async (_, { signal }) => new Response(new ReadableStream({ start(stream) {
+  stream.enqueue(new TextEncoder().encode(`data: ${JSON.stringify(chunk)}\n\n`));
+  signal.addEventListener("abort", () => stream.error(new DOMException("stopped", "AbortError")));
+} }));
+"""
+
+
+def test_stopped_and_forgotten_answers(browser, address):
+    """Half of an answer is kept when it is stopped, with the rate that it had, and forgotten with its conversation."""
+    browser.open(address)
+    browser.until("return document.getElementById('model').textContent === 'tiny'")
+    browser.run(HALF)  # of an answer that does not end
+    browser.press("sun" + ENTER)
+    browser.until("return document.querySelectorAll('.token').length === 1000")
+    browser.press(ESCAPE)
+    browser.until(IDLE)
+    assert browser.run("return conversation.map((message) => message.content).join()") == "sun,half"
+    facts = browser.run("return document.querySelector('.facts').textContent")
+    browser.run("document.querySelector('.round').focus()")
+    browser.press(LEFT)
+    assert browser.run("return document.querySelectorAll('.token').length") == 0
+    assert browser.run("return document.querySelector('.facts').textContent") == facts
+    browser.run("document.getElementById('message').focus()")
+    browser.press("moon" + ENTER)
+    browser.until("return document.querySelectorAll('.token').length === 1000")
+    browser.run("document.getElementById('new').click()")
+    browser.until(IDLE)
+    assert browser.run("return conversation.length") == 0
+
+
 def test_page_is_whole_without_other_servers():
     """Every file that a page names is the server's own, and there."""
 

@@ -94,8 +94,21 @@ def check_messages(chat: Sequence[Message]) -> None:
             raise UserError(f"Message {index} has the role {message.get('role')!r}; choose one of {', '.join(ROLES)}.")
         if not isinstance(message.get("content"), str):
             raise UserError(f"Message {index} has the content {message.get('content')!r}; it must be a text.")
+        check_text(message["content"], f"Message {index}")
     if not chat:
         raise UserError("The conversation has no message; a prompt needs at least one.")
+
+
+def check_text(text: str, where: str) -> None:
+    """Raises a UserError where a text, called so in it, has half of a surrogate pair, such as a byte that is no UTF-8
+    becomes on a command line: no tokenizer can encode it.
+    """
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise UserError(
+            f"{where} has {text[error.start]!r} at character {error.start}, which is no character; give UTF-8 text."
+        ) from None
 
 
 class ByteTokenizer(Tokenizer):

@@ -30,7 +30,7 @@ from refusion_jax.evaluation import likelihood
 from refusion_jax.evaluation.journal import Journal, Record
 from refusion_jax.progress import Progress
 from refusion_jax.sampling import SamplerConfig
-from refusion_jax.sampling.batching import UNLIMITED
+from refusion_jax.sampling.batching import UNLIMITED, check_batch
 from refusion_jax.sampling.config import Generation, check_prompt
 from refusion_jax.sampling.engine import PREFILL_TOKENS, Engine, Prompt
 
@@ -90,8 +90,12 @@ class DecoderLM(LM):
           batch_size: rows decoded at a time.
           seed: of sampling.
           journal: where answers are kept, and found again; None: in memory.
+
+        Raises:
+          UserError: no such batch size or seed.
         """
         super().__init__()
+        check_batch(batch_size, seed)
         self.decoder, self.config = decoder, config
         self.batch_size, self.seed = batch_size, seed
         self.journal = journal or Journal()

@@ -57,11 +57,10 @@ def stream(
       report: filled with counts.
 
     Raises:
-      UserError: a prompt, the settings and the model do not fit together.
+      UserError: a prompt, the settings and the model do not fit together; no such batch size or seed.
     """
     check_prompts(prompts, model, config)
-    if batch_size < 1:
-        raise UserError(f"batch_size is {batch_size}; it must be at least 1.")
+    check_batch(batch_size, seed)
     longest = max(map(len, prompts), default=0)
     if max_prompt_length and longest > max_prompt_length:
         raise UserError(
@@ -79,6 +78,14 @@ def stream(
     for answer in serve(engine, (Prompt(prompts[i], config, i, seed) for i in chosen), every):
         report.steps, report.prefills = engine.steps, engine.prefills
         yield answer
+
+
+def check_batch(batch_size: int, seed: int) -> None:
+    """Raises a UserError where there are no batches of this size, or no random streams of this seed."""
+    if batch_size < 1:
+        raise UserError(f"batch_size is {batch_size}; it must be at least 1.")
+    if not 0 <= seed < 2**32:
+        raise UserError(f"seed is {seed}; it must lie in 0 .. {2**32 - 1}.")
 
 
 def serve(engine: Engine, requests: Iterable[Prompt], every: int = 0) -> Iterator[Generation]:

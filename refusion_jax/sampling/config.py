@@ -94,6 +94,11 @@ class SamplerConfig(abc.ABC):
         names = [field.name for field in dataclasses.fields(self) if not field.metadata["traced"]]
         return {"method": self.method} | {name: getattr(self, name) for name in names}
 
+    @property
+    def changeable(self) -> list[str]:
+        """Names of the settings that a request may have otherwise."""
+        return [field.name for field in dataclasses.fields(self) if field.metadata["traced"]]
+
     def traced(self, limit: int) -> dict[str, np.ndarray]:
         """By name, the settings of this method alone that are each request's own; `limit` is that of its tokens."""
         common = [field.name for field in dataclasses.fields(SamplerConfig)]
@@ -248,6 +253,18 @@ def check_prompt(
     prompt: Sequence[int], model: ModelConfig, sampler: SamplerConfig, limit: int = 0, where: str = "The prompt"
 ) -> None:
     """Raises a UserError where a prompt, called so in it, cannot be decoded; `limit` as for `check_prompts`."""
+    check_ids(prompt, model, where)
+    length = sampler.up_to(limit)
+    total = len(prompt) + length
+    if total > model.max_position_embeddings:
+        raise UserError(
+            f"{where} has {len(prompt)} tokens; with gen_length {length} that is {total} positions, more than the "
+            f"model's {model.max_position_embeddings}. Shorten the prompt or gen_length."
+        )
+
+
+def check_ids(prompt: Sequence[int], model: ModelConfig, where: str = "The prompt") -> None:
+    """Raises a UserError where a prompt, called so in it, has no ids, or some that no prompt may have."""
     if len(prompt) == 0:
         raise UserError(f"{where} is empty; a prompt needs at least one token, for example the begin token.")
     ids = np.asarray(prompt)
@@ -261,11 +278,4 @@ def check_prompt(
         raise UserError(
             f"{where} contains the mask token (id {model.mask_token_id}) at index "
             f"{int((ids == model.mask_token_id).argmax())}; remove it, only responses are masked."
-        )
-    length = sampler.up_to(limit)
-    total = len(prompt) + length
-    if total > model.max_position_embeddings:
-        raise UserError(
-            f"{where} has {len(prompt)} tokens; with gen_length {length} that is {total} positions, more than the "
-            f"model's {model.max_position_embeddings}. Shorten the prompt or gen_length."
         )

@@ -266,6 +266,11 @@ class MaskedSettings(SamplerConfig):
         longest = 1 << (max(self.steps_of_block, self.block) - 1).bit_length()
         return super().static | {"guided": self.cfg_scale > 0, "longest": longest}
 
+    @property
+    def changeable(self) -> list[str]:
+        """Without guidance, which is compiled in, there is no scale of it."""
+        return [name for name in super().changeable if name != "cfg_scale" or self.cfg_scale > 0]
+
     def traced(self, limit: int) -> dict[str, np.ndarray]:
         """Instead of `steps` the counts [longest] that follow from them: what each forward of a block decides."""
         found = super().traced(limit)

@@ -97,6 +97,7 @@ def at_most_k(logits: jax.Array, top_k: jax.Array) -> jax.Array:
 
 def at_most_p(logits: jax.Array, top_p: jax.Array) -> jax.Array:
     """The fewest largest logits of every token whose probability reaches top_p; 1: all."""
+    top_p = jnp.maximum(top_p, jnp.finfo(jnp.float32).tiny)  # 0, as less than that counts, none at all would reach
 
     def cut(logits):
         probs = jax.nn.softmax(logits, axis=-1)

@@ -79,7 +79,7 @@ class Service:
             return JSONResponse(found)
 
     async def _whole(self, exchange: Exchange, identity: str, chat: bool) -> dict[str, Any]:
-        usage = responses.usage(exchange.request, exchange.jobs)
+        usage = responses.usage(exchange.request, exchange.writings)
         logprobs = await self._logprobs(exchange, chat)
         if chat:
             choices = [responses.message(*pair) for pair in zip(exchange.writings, logprobs)]
@@ -104,14 +104,14 @@ class Service:
 
     async def _stream(self, http: HttpRequest, exchange: Exchange, identity: str, chat: bool) -> AsyncIterator[bytes]:
         request, kind = exchange.request, "chat.completion.chunk" if chat else "text_completion"
-        sent = [""] * len(exchange.writings)
+        sent, echoes = [""] * len(exchange.writings), self._echoes(request)
 
         # Only a whole answer has log-probabilities: they come with its end, when all are written.
         ends_last = request.logprobs is not None or not request.limit
 
         def chunk(
             index: int,
-            text: str,
+            text: str | None,
             finish: str | None = None,
             role: bool = False,
             logprobs: dict | None = None,
@@ -121,7 +121,7 @@ class Service:
             return responses.event(responses.body(kind, identity, self.offer.name, [choice]) | more)
 
         try:
-            for writing, echo in zip(exchange.writings, self._echoes(request)):
+            for writing, echo in zip(exchange.writings, echoes):
                 if chat or echo:
                     yield chunk(writing.index, echo, role=True)
             async for changed in exchange.updates():
@@ -130,17 +130,18 @@ class Service:
                     if request.slots:
                         more["refusion"] = {"slots": writing.slots(), "forwards": writing.generation.forwards}
                     if request.diffusing:
-                        new = writing.text if writing.finish else writing.whole()
+                        new = echoes[i] + (writing.text if writing.finish else writing.whole())
                     else:
-                        new = writing.text[len(sent[i]) :]
+                        new = writing.text[len(sent[i]) :] or None
                     sent[i] = writing.text
                     finish = None if ends_last else writing.finish
-                    if new or more or finish:
+                    if new is not None or more or finish:
                         yield chunk(i, new, finish, **more)
-            usage = responses.usage(request, exchange.jobs)
+            usage = responses.usage(request, exchange.writings)
             if ends_last:
-                for writing, logprobs in zip(exchange.writings, await self._logprobs(exchange, chat)):
-                    yield chunk(writing.index, "", writing.finish, logprobs=logprobs)
+                for writing, echo, logprobs in zip(exchange.writings, echoes, await self._logprobs(exchange, chat)):
+                    whole = echo + writing.text if request.diffusing else None  # what a client replaces all by
+                    yield chunk(writing.index, whole, writing.finish, logprobs=logprobs)
             if request.include_usage:
                 yield responses.event(responses.body(kind, identity, self.offer.name, [], usage))
             self._log_usage(http, exchange, usage)
@@ -197,10 +198,7 @@ class Service:
                 "model": self.offer.name,
                 "max_length": self.offer.max_length,
                 "methods": methods,
-                "own_settings": {
-                    name: [field.name for field in dataclasses.fields(config) if field.metadata["traced"]]
-                    for name, config in self.offer.methods.items()
-                },
+                "own_settings": {name: config.changeable for name, config in self.offer.methods.items()},
                 "batch_size": {name: lane.engine.batch for name, lane in self.device.lanes.items()},
                 "max_waiting": self.device.max_waiting,
                 "compilations_since_warm_up": self.metrics.compiled_since(),

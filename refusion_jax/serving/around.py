@@ -118,7 +118,7 @@ class Around:
         service, path, start = self.service, scope["path"], time.monotonic()
         headers = {name.lower(): value for name, value in scope["headers"]}
         given = headers.get(b"x-request-id", b"").decode("latin-1")
-        identity = given if re.fullmatch(r"[\w.:-]{1,64}", given) else uuid.uuid4().hex
+        identity = given if re.fullmatch(r"[A-Za-z0-9_.:-]{1,64}", given) else uuid.uuid4().hex
         fields: dict[str, Any] = {}
         scope.setdefault("state", {}).update(id=identity, log=fields)
         status = 0

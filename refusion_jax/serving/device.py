@@ -220,9 +220,10 @@ class Device(threading.Thread):
 
     def _score(self, job: Job) -> None:
         self._start(job)
+        if job.cancelled or time.monotonic() > job.deadline:
+            return self._end(job, None if job.cancelled else TooLate())
         try:
-            if not job.cancelled:
-                job.score = self.scorer(job.prompt.tokens)
+            job.score = self.scorer(job.prompt.tokens)
             self._end(job)
         except Exception as error:
             self._end(job, Failed(str(error)))

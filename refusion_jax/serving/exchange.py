@@ -96,7 +96,7 @@ class Exchange:
         """
         request = self.request
         prompts = [prompt for prompt in request.prompts for _ in range(request.n)]
-        answers = [job.latest.tokens for job in self.jobs] or [[] for _ in prompts]
+        answers = [writing.generation.tokens if writing.generation else [] for writing in self.writings]
         jobs = [self._job("", Prompt([*prompt, *answer], request.config)) for prompt, answer in zip(prompts, answers)]
         self._device.submit(jobs, bounded=False)
         self.jobs = self.jobs + jobs

@@ -7,26 +7,20 @@ there is refused.
 import dataclasses
 import json
 import math
+from collections.abc import Callable
 from typing import Any
 
-from refusion_jax.data.tokenizers import Tokenizer
+from refusion_jax.data.tokenizers import Tokenizer, check_text
 from refusion_jax.errors import UserError
 from refusion_jax.model.config import ModelConfig
 from refusion_jax.sampling import SamplerConfig
-from refusion_jax.sampling.config import MAX_STOP_IDS, check_prompts
+from refusion_jax.sampling.config import MAX_STOP_IDS, check_ids
 
 MAX_STOPS = 16
 MAX_CHOICES = 128  # n
 COMPLETION_TOKENS = 16  # an answer of /v1/completions where max_tokens is not given
 NEUTRAL = {"frequency_penalty": 0, "presence_penalty": 0, "repetition_penalty": 1, "min_p": 0, "min_tokens": 0}
-ABSENT = (
-    "logit_bias",
-    "guided_json",
-    "guided_regex",
-    "guided_choice",
-    "guided_grammar",
-    "structured_outputs",
-)
+ABSENT = ("logit_bias", "guided_json", "guided_regex", "guided_choice", "guided_grammar", "structured_outputs")
 
 
 class BadRequest(UserError):
@@ -134,11 +128,9 @@ def text_of(value: Any, param: str) -> str:
     if not isinstance(value, str):
         raise BadRequest(f"{param} is {shown(value)}; it must be a string.", param)
     try:
-        value.encode("utf-8")
-    except UnicodeEncodeError as error:
-        raise BadRequest(
-            f"{param} contains half of a surrogate pair at character {error.start}; send UTF-8.", param
-        ) from None
+        check_text(value, param)
+    except UserError as error:
+        raise BadRequest(str(error), param) from None
     return value
 
 
@@ -196,7 +188,7 @@ def completion(body: dict, offer: Offer) -> Request:
     if best_of is not None and best_of != (body.get("n") or 1):
         raise BadRequest("best_of is not there; ask for n answers and choose among them.", "best_of")
     echo = flag(body, "echo")
-    fields = common(body, offer, COMPLETION_TOKENS, fewest=0 if echo else 1)
+    fields = common(body, offer, lambda config: COMPLETION_TOKENS, fewest=0 if echo else 1)
     if body.get("suffix"):
         if echo or logprobs is not None:
             raise BadRequest("suffix goes neither with echo nor with logprobs; leave them out.", "suffix")
@@ -224,7 +216,8 @@ def chat(body: dict, offer: Offer) -> Request:
     if body.get("suffix"):
         raise BadRequest("suffix is for /v1/completions; leave it out.", "suffix")
     ids = chat_ids(body, offer)
-    fields = common(body, offer, max(1, offer.max_length - len(ids)))
+    room = offer.max_length - len(ids)
+    fields = common(body, offer, lambda config: longest(config, room))
     top = number(body, "top_logprobs", 0, 0, 1, whole=True)
     logprobs = top > 0 if flag(body, "logprobs") else None
     return checked(Request([ids], logprobs=logprobs, **fields), offer)
@@ -253,14 +246,19 @@ def message_of(message: Any, index: int) -> dict[str, str]:
     return {"role": text_of(role, f"{where}.role"), "content": text_of(content, f"{where}.content")}
 
 
-def common(body: dict, offer: Offer, default_tokens: int, fewest: int = 1) -> dict[str, Any]:
+def longest(config: SamplerConfig, room: int) -> int:
+    """Tokens of the longest answer that takes at most `room` positions: slots and blocks are whole. At least 1."""
+    return next((limit for limit in range(min(room, config.length), 1, -1) if config.up_to(limit) <= room), 1)
+
+
+def common(body: dict, offer: Offer, default_tokens: Callable[[SamplerConfig], int], fewest: int = 1) -> dict[str, Any]:
     """The fields that both endpoints have; `fewest` tokens are the least an answer may be limited to."""
     refuse_absent(body)
     if body.get("model") not in (None, "", offer.name):
         raise BadRequest(f"There is no model {shown(body['model'])}; this server has {offer.name!r}.", "model", 404)
     config = settings(body, offer)
     name = "max_completion_tokens" if body.get("max_completion_tokens") is not None else "max_tokens"
-    limit = number(body, name, min(default_tokens, config.length), fewest, whole=True)
+    limit = number(body, name, min(default_tokens(config), config.length), fewest, whole=True)
     if limit > config.length:
         raise BadRequest(
             f"{name} is {shown(body[name])}; answers have at most {config.length} tokens here (--gen-length).",
@@ -281,7 +279,7 @@ def common(body: dict, offer: Offer, default_tokens: int, fewest: int = 1) -> di
         include_usage=flag(options, "include_usage", "stream_options.include_usage"),
         slots=flag(options, "slots", "stream_options.slots"),
         diffusing=flag(body, "diffusing"),
-        timeout=number(body, "timeout", None, 0),
+        timeout=number(body, "timeout", None, 1e-6),
     )
 
 
@@ -294,9 +292,11 @@ def settings(body: dict, offer: Offer) -> SamplerConfig:
     changes = {}
     for field in dataclasses.fields(config):
         value, own = body.get(field.name), getattr(config, field.name)
-        if value is None:
+        if (
+            value is None or field.name == "stop"
+        ):  # of a request: strings, though some methods have a setting of this name
             continue
-        if not field.metadata["traced"]:
+        if field.name not in config.changeable:
             if value != own:
                 raise BadRequest(
                     f"{field.name} is {shown(value)}; it was set to {own} when the server was started.", field.name
@@ -312,10 +312,19 @@ def settings(body: dict, offer: Offer) -> SamplerConfig:
         if abs(value) >= 2**31:
             raise BadRequest(f"{field.name} is {shown(body[field.name])}; that is out of range.", field.name)
         changes[field.name] = max(value, 0) if field.name == "top_k" and value == -1 else value  # vLLM's -1: all
+    alone = lambda name: dataclasses.replace(config, **{name: changes[name]})
     try:
-        return dataclasses.replace(config, **changes)
+        found = dataclasses.replace(config, **changes)
+        other = [name for name in changes if found.static != config.static != alone(name).static]
     except UserError as error:
         raise BadRequest(str(error), next((name for name in changes if name in str(error)), None)) from None
+    if other:
+        raise BadRequest(
+            f"{other[0]} is {shown(body[other[0]])}, which needs other programs than those compiled for "
+            f"{getattr(config, other[0])} when the server was started. Leave it out, or start the server with it.",
+            other[0],
+        )
+    return found
 
 
 def refuse_absent(body: dict) -> None:
@@ -371,15 +380,15 @@ def checked(request: Request, offer: Offer) -> Request:
         )
     for index, prompt in enumerate(request.prompts):
         given = len(prompt) + len(request.suffix)
-        total = given + request.config.up_to(request.limit)
+        total = given + (request.config.up_to(request.limit) if request.limit else 0)
         if total > offer.max_length:
             raise BadRequest(
                 f"Prompt {index} has {given} tokens and its answer up to {request.limit}: that takes {total} of this "
                 f"server's {offer.max_length}. Shorten the prompt or lower max_tokens.",
                 "max_tokens",
             )
-    try:
-        check_prompts(request.prompts, offer.model, request.config, request.limit)
-    except UserError as error:
-        raise BadRequest(str(error), "prompt") from None
+        try:
+            check_ids(prompt, offer.model, f"Prompt {index}")
+        except UserError as error:
+            raise BadRequest(str(error), "prompt") from None
     return request

@@ -1,5 +1,7 @@
 """Bodies that the server sends: completions, chunks of a stream, errors."""
 
+import bisect
+import dataclasses
 import itertools
 import json
 import time
@@ -9,7 +11,6 @@ from typing import Any
 from refusion_jax import display
 from refusion_jax.data.tokenizers import Tokenizer
 from refusion_jax.sampling import Generation
-from refusion_jax.serving.device import Job
 from refusion_jax.serving.protocol import Request
 
 ERRORS = {401: "authentication_error", 404: "not_found_error", 429: "rate_limit_error"}
@@ -27,12 +28,16 @@ class Writing:
         self._shown: dict[int, tuple[int, int]] = {}
 
     def update(self, generation: Generation) -> None:
-        """Takes what there is of the answer now."""
+        """Takes what there is of the answer now, up to the first token with which a stop string is complete."""
         self.generation = generation
         text = self._tokenizer.decode(generation.tokens)
-        found = [at for at in (text.find(stop) for stop in self._request.stops) if at >= 0]
-        if found:
-            self.text, self.finish = text[: min(found)], "stop"
+        if self._stops(text):
+            # However many tokens there are by now, the answer ends with the fewest that have a stop string in them.
+            decode = lambda count: self._tokenizer.decode(generation.tokens[:count])
+            counts = range(len(generation.tokens))
+            count = bisect.bisect_left(counts, True, key=lambda count: bool(self._stops(decode(count))))
+            self.generation, text = cut(generation, count), decode(count)
+            self.text, self.finish = text[: min(self._stops(text))], "stop"
         elif generation.finished:
             ended = bool(generation.tokens) and generation.tokens[-1] in self._ends
             self.text, self.finish = text, "stop" if ended else "length"
@@ -41,6 +46,10 @@ class Writing:
             safe = len(text) - max((len(stop) - 1 for stop in self._request.stops), default=0)
             if safe > len(self.text):
                 self.text = text[:safe]
+
+    def _stops(self, text: str) -> list[int]:
+        """Where stop strings begin."""
+        return [at for at in (text.find(stop) for stop in self._request.stops) if at >= 0]
 
     def whole(self) -> str:
         """All that is written, wherever it stands; a dot for every open token before it."""
@@ -70,12 +79,25 @@ class Writing:
         ]
 
 
+def cut(generation: Generation, count: int) -> Generation:
+    """The first `count` tokens of an answer."""
+    kept = [i for i, at in enumerate(generation.order) if at < count]
+    of = lambda values: [values[i] for i in kept]
+    return dataclasses.replace(
+        generation,
+        tokens=generation.tokens[:count],
+        order=of(generation.order),
+        committed=of(generation.committed),
+        rounds=of(generation.rounds),
+    )
+
+
 # --- Usage.
 
 
-def usage(request: Request, jobs: Sequence[Job]) -> dict[str, Any]:
+def usage(request: Request, writings: Sequence[Writing]) -> dict[str, Any]:
     """Tokens of prompts and answers, and how they were decoded."""
-    generations = [job.latest for job in jobs if job.latest is not None]
+    generations = [writing.generation for writing in writings if writing.generation]
     prompt = sum(len(prompt) + len(request.suffix) for prompt in request.prompts)
     tokens = sum(len(generation.tokens) for generation in generations)
     forwards = sum(generation.forwards for generation in generations)
@@ -164,12 +186,12 @@ DONE = b"data: [DONE]\n\n"
 
 
 def chunk_choice(
-    chat: bool, index: int, text: str, finish: str | None, role: bool = False, logprobs: dict | None = None
+    chat: bool, index: int, text: str | None, finish: str | None, role: bool = False, logprobs: dict | None = None
 ) -> dict[str, Any]:
-    """A choice of a chunk."""
+    """A choice of a chunk; `text` None: it says nothing of the text."""
     if not chat:
-        return {"index": index, "text": text, "finish_reason": finish, "logprobs": logprobs}
-    delta = ({"role": "assistant"} if role else {}) | ({"content": text} if text or role else {})
+        return {"index": index, "text": text or "", "finish_reason": finish, "logprobs": logprobs}
+    delta = ({"role": "assistant"} if role else {}) | ({} if text is None else {"content": text})
     return {"index": index, "delta": delta, "finish_reason": finish, "logprobs": logprobs}
 
 

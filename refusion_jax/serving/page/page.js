@@ -24,7 +24,7 @@ async function start() {
 
 function showOwn() {
   const method = $("method").value, config = info.methods[method];
-  $("max_tokens").max = $("max_tokens").value = config.gen_length;
+  $("max_tokens").max = config.gen_length;
   $("own").replaceChildren(...info.own_settings[method].map((name) => {
     const label = document.createElement("label"), input = document.createElement("input");
     label.append(name.replaceAll("_", " "), input);
@@ -67,6 +67,7 @@ class Answer {
     this.commits = []; // {position, text, round} in the order in which they came
     this.text = "";
     this.shown = Infinity; // rounds shown
+    this.seconds = 0; // that it took; 0: not over yet
     this.begin = performance.now();
     this.usage = null;
     this.part(".play").addEventListener("click", () => this.play());
@@ -76,7 +77,7 @@ class Answer {
   }
 
   get rounds() {
-    return this.commits.reduce((most, commit) => Math.max(most, commit.round + 1), 0);
+    return this.usage?.refusion.rounds ?? this.commits.reduce((most, commit) => Math.max(most, commit.round + 1), 0);
   }
 
   take(chunk) {
@@ -84,7 +85,11 @@ class Answer {
     if (choice) this.text += choice.delta.content || "";
     for (const slot of chunk.refusion?.slots || [])
       slot.positions.forEach((position, i) => this.commits.push({ position, text: slot.texts[i], round: slot.round }));
-    if (chunk.usage) this.usage = chunk.usage;
+    if (chunk.usage) {
+      this.usage = chunk.usage;
+      // What was written behind the answer's end is not part of it.
+      this.commits = this.commits.filter((commit) => commit.position < chunk.usage.completion_tokens);
+    }
     this.draw();
   }
 
@@ -106,10 +111,10 @@ class Answer {
       return span;
     }));
     const tokens = this.usage ? this.usage.completion_tokens : this.commits.length;
-    this.seconds = this.usage ? this.seconds : (performance.now() - this.begin) / 1000;
+    const seconds = this.seconds || (performance.now() - this.begin) / 1000;
     const facts = [`${tokens} tokens`, `${rounds} rounds`];
     if (this.usage) facts.push(`${this.usage.refusion.forwards} forwards`, `${this.usage.refusion.tokens_per_forward.toFixed(2)} tokens per forward`);
-    if (tokens) facts.push(`${(tokens / Math.max(this.seconds, 1e-3)).toFixed(0)} tokens/s`);
+    if (tokens) facts.push(`${(tokens / Math.max(seconds, 1e-3)).toFixed(0)} tokens/s`);
     this.part(".facts").textContent = facts.join(" · ");
   }
 
@@ -161,7 +166,8 @@ async function* events(response) {
 }
 
 async function ask(text) {
-  conversation.push({ role: "user", content: text });
+  const question = { role: "user", content: text };
+  conversation.push(question);
   $("log").append(paragraph("question", text));
   const answer = new Answer();
   answer.node.scrollIntoView({ block: "end" });
@@ -182,8 +188,10 @@ async function ask(text) {
     if (error.name !== "AbortError") answer.node.append(paragraph("error", error.message));
   }
   answer.end();
-  if (answer.text) conversation.push({ role: "assistant", content: answer.text });
-  else conversation.pop(); // nothing was said to it
+  if (conversation.at(-1) === question) { // else a new conversation has begun
+    if (answer.text) conversation.push({ role: "assistant", content: answer.text });
+    else conversation.pop(); // nothing was said to it
+  }
   running = null;
   busy(false);
 }
