@@ -94,11 +94,6 @@ def evaluate(arguments: argparse.Namespace) -> list[run.Result]:
     """Runs all tasks, one after the other; every process the same ones."""
     if arguments.limit < 0:
         raise UserError(f"--limit is {arguments.limit}; give a number of documents, or 0 for all.")
-    if arguments.batch_size < 1 or not 0 <= arguments.seed < 2**32:
-        raise UserError(
-            f"--batch-size is {arguments.batch_size} and --seed {arguments.seed}; give a batch size of at least 1 and "
-            "a seed from 0 to 4294967295."
-        )
     files, tuned = files_of(arguments.data), read_settings(arguments.settings)
     found = [
         pair

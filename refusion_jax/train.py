@@ -81,13 +81,7 @@ def _train(config: Config, workdir: pathlib.Path, resources: contextlib.ExitStac
     check(config, mesh)
     distributed.describe(mesh, config.batch_size)
     rows, eval_rows = open_data(config, tokenizer, workdir)
-    total = config.steps or max(1.0, config.epochs * rows.rows_per_epoch / config.batch_size)
-    if total >= 2**31:
-        raise UserError(
-            f"the run would have {total} steps, and at most {2**31 - 1} can be counted. Lower config.steps, or "
-            "config.epochs and the sources' weights."
-        )
-    total = math.ceil(total)
+    total = steps_of(config, rows)
     program = steps_lib.build(config, mesh, total)
     progress = Progress("step", total, stream=sys.stdout, every=0, enabled=jax.process_index() == 0)
     progress.say(
@@ -214,6 +208,21 @@ def open_data(
     eval_rows = pipeline.load_rows(config.data.evaluation, tokenizer, shuffle=False, **settings)
     check_positions(config, eval_rows, "evaluation")
     return rows, eval_rows
+
+
+def steps_of(config: Config, rows: pipeline.Rows) -> int:
+    """Steps of the whole run.
+
+    Raises:
+      UserError: too many to be counted.
+    """
+    total = config.steps or max(1.0, config.epochs * rows.rows_per_epoch / config.batch_size)
+    if total >= 2**31:
+        raise UserError(
+            f"The run would have {total} steps, and at most {2**31 - 1} can be counted. Lower config.steps, or "
+            "config.epochs and the sources' weights."
+        )
+    return math.ceil(total)
 
 
 def check_positions(config: Config, rows: pipeline.Rows, name: str) -> None:

@@ -339,8 +339,8 @@ def test_damaged_answers_are_named(tmp_path):
         (["--tasks", "held_out", "--settings", "MISTYPED"], "has settings for 'spel_backward', which is no task"),
         (["--tasks", "held_out", "--settings", "MIXED"], "'gsm8k' = 5 beside settings by task"),
         (["--tasks", "held_out", "--settings", "TYPED"], "temperature is '0.5' .str.; expected float"),
-        (["--tasks", "held_out", "--batch-size", "0"], "--batch-size is 0"),
-        (["--tasks", "held_out", "--seed", "-1"], "--seed -1"),
+        (["--tasks", "held_out", "--batch-size", "0"], "batch_size is 0"),
+        (["--tasks", "held_out", "--seed", "-1"], "seed is -1"),
         (["--tasks", "gsm8k", "--data", "gsm8k=ODD"], "odd.jsonl: document 2 is not as the task gsm8k takes it"),
     ],
 )

@@ -311,8 +311,8 @@ def test_only_the_term_that_is_not_finite_is_named():
         ),
         ({"data": {"train": (SourceConfig(kind="json", path="absent.json"),)}}, "absent.json"),
         ({"mesh": {"data": 3}}, "does not fit 8 devices"),
-        ({"steps": 10**30}, "the run would have 10+ steps, and at most 2147483647 can be counted"),
-        ({"steps": 0, "epochs": 1e308}, r"the run would have .* steps, and at most 2147483647 can be counted"),
+        ({"steps": 10**30}, "The run would have 10+ steps, and at most 2147483647 can be counted"),
+        ({"steps": 0, "epochs": 1e308}, r"The run would have .* steps, and at most 2147483647 can be counted"),
     ],
     ids=["another model", "no data", "mesh", "steps", "epochs"],
 )

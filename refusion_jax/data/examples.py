@@ -83,7 +83,7 @@ class Source:
             if self.options is not None and name not in self.options:
                 raise UserError(
                     f"data source {self.name!r} has the option {name!r}; sources of kind {config.kind!r} know "
-                    f"{' and '.join(map(repr, self.options)) or 'none'}. Mend its name, or remove it."
+                    f"{' and '.join(map(repr, self.options)) or 'none'}. Correct its name, or remove it."
                 )
             if given.count(name) > 1:
                 raise UserError(f"data source {self.name!r} has the option {name!r} more than once. Keep one of them.")

@@ -83,7 +83,7 @@ class FileSource(Source):
                         digest.update(block)
             except OSError as error:
                 raise UserError(
-                    f"the data file {path!r} cannot be read: {error}. Mend its permissions or give another file."
+                    f"the data file {path!r} cannot be read: {error}. Change its permissions or give another file."
                 ) from error
         return digest.hexdigest()
 

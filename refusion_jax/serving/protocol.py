@@ -292,9 +292,7 @@ def settings(body: dict, offer: Offer) -> SamplerConfig:
     changes = {}
     for field in dataclasses.fields(config):
         value, own = body.get(field.name), getattr(config, field.name)
-        if (
-            value is None or field.name == "stop"
-        ):  # of a request: strings, though some methods have a setting of this name
+        if value is None or field.name == "stop":  # a request's are strings, whatever a method calls so
             continue
         if field.name not in config.changeable:
             if value != own:
