@@ -25,7 +25,8 @@ async function start() {
 function showOwn() {
   const method = $("method").value, config = info.methods[method];
   $("max_tokens").max = config.gen_length;
-  $("own").replaceChildren(...info.own_settings[method].map((name) => {
+  const numbers = info.own_settings[method].filter((name) => typeof config[name] === "number");
+  $("own").replaceChildren(...numbers.map((name) => {
     const label = document.createElement("label"), input = document.createElement("input");
     label.append(name.replaceAll("_", " "), input);
     Object.assign(input, { type: "number", step: "any", name, value: config[name] });
