@@ -242,7 +242,7 @@ def test_missing_data_is_named(tmp_path):
 @pytest.mark.parametrize(
     "kind, options, message",
     [
-        ("text", {"seperator": "---"}, "text:.* has the option 'seperator'; .*kind 'text' know 'separator'. Mend"),
+        ("text", {"seperator": "---"}, "text:.* has the option 'seperator'; .*kind 'text' know 'separator'. Correct"),
         ("text", {"separator": 3}, "text:.* has the option separator = 3; it must be the text"),
         ("json", {"separator": "---"}, "json:.* has the option 'separator'; .*kind 'json' know none"),
         ("jsonl", {"separator": "---"}, "has the option 'separator'"),

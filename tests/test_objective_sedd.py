@@ -3,6 +3,7 @@
 import dataclasses
 
 import chex
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -50,7 +51,9 @@ def test_corruption_is_that_of_masked_diffusion():
 def test_mesh_and_accumulation_change_nothing(shape):
     _, gradient, end, expected = test_step.run(objective=Sedd())
     _, split_gradient, split_end, actual = test_step.run(shape, objective=Sedd(), accumulation=2)
-    chex.assert_trees_all_close(split_gradient, gradient, rtol=1e-4, atol=1e-7)
+    # Of a sum, whose small entries are what large ones leave: the error is relative to the largest.
+    error = jax.tree.map(lambda a, b: float(jnp.abs(a - b).max() / jnp.abs(b).max()), split_gradient, gradient)
+    assert max(jax.tree.leaves(error)) < 1e-5, error
     chex.assert_trees_all_close(split_end, end, atol=2e-4)
     chex.assert_trees_all_close(actual, expected, rtol=1e-4)
 
