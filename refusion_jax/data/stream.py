@@ -112,7 +112,7 @@ class Stream:
         passes, place = divmod(turn, len(self.windows))
         number = int(self._order(passes)[0][place])
         window = self.windows.read(number)
-        # A seed's trailing zeros mean nothing: the first source of one window has the order of before there were any.
+        # A seed's trailing zeros mean nothing, so the first window of the first source has the order of (seed, passes).
         seeds = (self._seed, passes, number * self._sources + self._source) if self._shuffle else None
         lengths = window.pieces.lengths[window.kept]
         plan = packing.pack_into(int(self._rows[number]), lengths, self.windows.max_length, self._max_examples, seeds)
