@@ -30,7 +30,8 @@ from refusion_jax.model.config import ModelConfig
 from refusion_jax.parallel import sharding
 from refusion_jax.parallel.mesh import make_mesh
 from refusion_jax.sampling import Engine, Generation, SamplerConfig, stream
-from refusion_jax.sampling.batching import check_batch, serve
+from refusion_jax.sampling.batching import serve
+from refusion_jax.sampling.config import check_batch
 from refusion_jax.sampling.methods import METHODS, config_class, sampler_config, suited
 from refusion_jax.sampling.programs import decode_params
 from refusion_jax.settings import build, of_kind

@@ -108,15 +108,17 @@ def evaluate(arguments: argparse.Namespace) -> list[run.Result]:
         )
     if code and jax.process_index() == 0:
         print(f"sandbox: {sandbox.strength()}")
-    known = (*(benchmark.name for benchmark, _ in found), *documents.known_names())
-    strange = [name for name in tuned if by_task(tuned) and name not in known]
-    if strange:
-        raise UserError(f"--settings {arguments.settings} has settings for {strange[0]!r}, which is no task.")
+    own = [benchmark.name for benchmark, _ in found]
+    for name in tuned if by_task(tuned) else ():
+        if name not in own and not documents.is_task(name):
+            raise UserError(f"--settings {arguments.settings} has settings for {name!r}, which is no task.")
     decoder = decoder_of(arguments)
+    told = {name: getattr(arguments, name) for name in ("checkpoint", "step", "dtype", "tokenizer", "seed")}
+    told["weights"] = load.fingerprint(arguments.checkpoint, arguments.step)  # a run has others when it has gone on
     results = []
     for benchmark, chosen in found:
         config = config_of(arguments, decoder, benchmark, chosen, tuned)
-        results += one(arguments, decoder, benchmark, chosen, config)
+        results += one(arguments, decoder, benchmark, chosen, config, told)
     if jax.process_index() == 0:
         print(report.table(results))
     return results
@@ -128,12 +130,11 @@ def one(
     benchmark: Benchmark,
     chosen: Sequence[Document],
     config: SamplerConfig,
+    told: Mapping[str, Any],
 ) -> list[run.Result]:
-    """The result of a task; nothing on all processes but the first."""
+    """The result of a task; nothing on all processes but the first. `told` is what answers depend on besides."""
     name = benchmark.name
-    told = {name: getattr(arguments, name) for name in ("checkpoint", "step", "dtype", "tokenizer", "seed")}
-    weights = load.fingerprint(arguments.checkpoint, arguments.step)  # a run has others when it has gone on
-    settings = told | {"weights": weights, "method": config.method} | dataclasses.asdict(config)
+    settings = {**told, "method": config.method, **dataclasses.asdict(config)}
     answers = arguments.out / "answers"
     check_settings(answers / f"{name}.json", settings)
     journal = Journal(answers, name)

@@ -139,11 +139,10 @@ def fill(
 ) -> None:
     """Makes this worker's shards of a source."""
     mine = range(worker[0], len(planned["shards"]), worker[1])
-    missing = [number for number in mine if not preparation.finished(folder, number)]
-    begun = len(mine) - len(missing)
-    progress = Progress(f"tokenising {planned['source']}: shard", len(mine), begun=begun)
+    progress = Progress(f"tokenising {planned['source']}: shard", len(mine))
     shard = functools.partial(_shard, config, tokenizer, planned["shards"], folder)
-    for done, _ in enumerate(mapped(shard, missing), begun + 1):
+    for done, made in enumerate(mapped(shard, mine), 1):
+        progress.begun += not made
         progress.show(done)
     progress.say(f"{planned['source']}: this worker's {len(mine)} shards are finished")
 
@@ -159,10 +158,12 @@ def finish(folder: epath.Path, planned: dict) -> bool:
     return True
 
 
-def _shard(config: SourceConfig, tokenizer: str, units: list, folder: epath.Path, number: int) -> None:
-    """Makes a shard unless it is there."""
-    if not preparation.finished(folder, number):
-        preparation.make_shard(_source(config), _tokenizer(tokenizer), units[number], shard_path(folder, number))
+def _shard(config: SourceConfig, tokenizer: str, units: list, folder: epath.Path, number: int) -> bool:
+    """Makes a shard unless it is there; whether it made one."""
+    if preparation.finished(folder, number):
+        return False
+    preparation.make_shard(_source(config), _tokenizer(tokenizer), units[number], shard_path(folder, number))
+    return True
 
 
 _source = functools.lru_cache(open_source)  # once in each process

@@ -24,12 +24,12 @@ class Progress:
         Args:
           what: is counted, such as "step".
           total: how many there will be.
-          begun: how many are done already, and say nothing of the time that the others take.
+          begun: how many are done already, and say nothing of the time that others take; may grow as they are found.
           stream: where to write; None: stderr.
           every: least seconds between two lines of a log; a terminal's line changes ten times a second at most. 0: all.
           enabled: False writes nothing, for all processes but the first.
         """
-        self._what, self._total, self._begun, self._enabled = what, total, begun, enabled
+        self._what, self._total, self.begun, self._enabled = what, total, begun, enabled
         self._stream = stream or sys.stderr
         self._live = self._stream.isatty()
         self._every = min(every, 0.1) if self._live else every
@@ -47,7 +47,7 @@ class Progress:
             return
         self._shown = now
         if eta is None:
-            own = done - self._begun
+            own = done - self.begun
             eta = (now - self._start) / own * (self._total - done) if own else math.inf
         words = [
             f"{name} {value if isinstance(value, str) else short(value)}" for name, value in (values or {}).items()

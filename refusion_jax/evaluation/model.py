@@ -30,8 +30,8 @@ from refusion_jax.evaluation import likelihood
 from refusion_jax.evaluation.journal import Journal, Record
 from refusion_jax.progress import Progress
 from refusion_jax.sampling import SamplerConfig
-from refusion_jax.sampling.batching import UNLIMITED, check_batch
-from refusion_jax.sampling.config import Generation, check_prompt
+from refusion_jax.sampling.batching import UNLIMITED
+from refusion_jax.sampling.config import Generation, check_batch, check_prompt
 from refusion_jax.sampling.engine import PREFILL_TOKENS, Engine, Prompt
 
 CHAT = '{"messages": '  # how a context begins that `DecoderLM.apply_chat_template` made

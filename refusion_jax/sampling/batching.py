@@ -7,7 +7,7 @@ from jax.sharding import Mesh
 
 from refusion_jax.errors import UserError
 from refusion_jax.model.config import ModelConfig
-from refusion_jax.sampling.config import Generation, SamplerConfig, check_prompts
+from refusion_jax.sampling.config import Generation, SamplerConfig, check_batch, check_prompts
 from refusion_jax.sampling.engine import Engine, Prompt
 
 UNLIMITED = 2**30  # passes: until a row is done
@@ -78,14 +78,6 @@ def stream(
     for answer in serve(engine, (Prompt(prompts[i], config, i, seed) for i in chosen), every):
         report.steps, report.prefills = engine.steps, engine.prefills
         yield answer
-
-
-def check_batch(batch_size: int, seed: int) -> None:
-    """Raises a UserError where there are no batches of this size, or no random streams of this seed."""
-    if batch_size < 1:
-        raise UserError(f"batch_size is {batch_size}; it must be at least 1.")
-    if not 0 <= seed < 2**32:
-        raise UserError(f"seed is {seed}; it must lie in 0 .. {2**32 - 1}.")
 
 
 def serve(engine: Engine, requests: Iterable[Prompt], every: int = 0) -> Iterator[Generation]:

@@ -249,6 +249,14 @@ def check_prompts(prompts: Sequence[Sequence[int]], model: ModelConfig, sampler:
         check_prompt(prompt, model, sampler, limit, f"Prompt {index}")
 
 
+def check_batch(batch_size: int, seed: int = 0) -> None:
+    """Raises a UserError where there are no batches of this size, or no random streams of this seed."""
+    if batch_size < 1:
+        raise UserError(f"batch_size is {batch_size}; it must be at least 1.")
+    if not 0 <= seed < 2**32:
+        raise UserError(f"seed is {seed}; it must lie in 0 .. {2**32 - 1}.")
+
+
 def check_prompt(
     prompt: Sequence[int], model: ModelConfig, sampler: SamplerConfig, limit: int = 0, where: str = "The prompt"
 ) -> None:

@@ -18,7 +18,15 @@ from jax.sharding import Mesh
 
 from refusion_jax.errors import UserError
 from refusion_jax.model.config import ModelConfig
-from refusion_jax.sampling.config import MAX_STOP_IDS, Generation, SamplerConfig, Settings, check_prompt, check_prompts
+from refusion_jax.sampling.config import (
+    MAX_STOP_IDS,
+    Generation,
+    SamplerConfig,
+    Settings,
+    check_batch,
+    check_prompt,
+    check_prompts,
+)
 from refusion_jax.sampling.prefixes import BLOCK, Prefixes
 from refusion_jax.sampling.programs import Chunk, cache_bucket, decode_params, make_sampler, programs
 from refusion_jax.sampling.state import Request
@@ -93,8 +101,7 @@ class Engine:
         Raises:
           UserError: settings and model do not fit together, or a batch without rows.
         """
-        if batch < 1:
-            raise UserError(f"batch_size is {batch}; it must be at least 1.")
+        check_batch(batch)
         check_prompts([], model, config)
         self._shards = mesh.shape["data"] * mesh.shape["fsdp"] if mesh else 1
         self.batch = -(-batch // self._shards) * self._shards
