@@ -100,6 +100,7 @@ def bytes_per_forward(params: dict, model: ModelConfig, batch: int, context: flo
     """What a forward cannot help reading: every weight (of an untied embedding only some rows) and `context` cache
     entries a row.
     """
+    params = {name: tree for name, tree in params.items() if name != "tiles"}
     weights = sum(x.nbytes for x in jax.tree.leaves(params)) - (
         0 if model.tie_embeddings else params["embed"]["embedding"].nbytes
     )

@@ -11,12 +11,13 @@ from flax import linen as nn
 from refusion_jax.model import tables
 from refusion_jax.model.config import ModelConfig
 from refusion_jax.model.layers import devices_over
+from refusion_jax.model.tiles import Tiles
 
 LOGIT_BYTES = 2**29  # of float32 logits that one device holds at a time: 883 tokens of Qwen3's vocabulary
 
 
-def output_table(params: dict) -> jax.Array:
-    """The head's table [vocab, hidden]; the embedding itself when tied."""
+def output_table(params: dict) -> jax.Array | Tiles:
+    """The head's table [vocab, hidden], the embedding itself when tied; or the tiles of its transpose."""
     return _head(params)["embedding"]
 
 
@@ -67,6 +68,8 @@ def over_vocabulary(
         return x.reshape(batch, length, *x.shape[2:])
 
     def logits_of(table, hidden):
+        if isinstance(table, Tiles):
+            return table.product(hidden.reshape(-1, hidden.shape[2]), jnp.float32).reshape(*hidden.shape[:2], -1)
         logits = jnp.einsum("STD,VD->STV", hidden, table.astype(hidden.dtype), preferred_element_type=jnp.float32)
         logits = logits if scale is None else logits * scale
         return nn.with_logical_constraint(logits, (rows, None, "vocab"))
@@ -78,7 +81,7 @@ def over_vocabulary(
 
     @jax.custom_vjp
     def apply(table, hidden, per_token):
-        if scale is None:  # else int8, which is to be read as it is
+        if scale is None and not isinstance(table, Tiles):  # int8 is to be read as it is
             table = tables.gathered(table, hidden.dtype)  # one copy for all chunks
         parts = jax.tree.map(split, (hidden, per_token))
         return jax.tree.map(join, jax.lax.map(lambda part: reduce(logits_of(table, part[0]), part[1]), parts))

@@ -12,6 +12,7 @@ from flax import linen as nn
 from jax.ad_checkpoint import checkpoint_name
 
 from refusion_jax.model.config import ModelConfig
+from refusion_jax.model.tiles import Tiles
 
 
 def devices_over(*axes: str) -> int:
@@ -24,8 +25,9 @@ def devices_over(*axes: str) -> int:
 
 def weight(
     module: nn.Module, name: str, axes: tuple[str, ...], shape: tuple[int, ...], fan_in: int, inputs: int = 1
-) -> jax.Array:
-    """A matrix parameter with logical axis names, in float32, drawn with standard deviation fan_in^-1/2.
+) -> jax.Array | Tiles:
+    """A matrix parameter with logical axis names, in float32, drawn with standard deviation fan_in^-1/2; or the tiles
+    that it was made into.
 
     In a quantised model it is int8 (nothing is drawn), and parameter `<name>_scale` in float32 has a factor for every
     output channel, which `projected` applies.
@@ -33,6 +35,8 @@ def weight(
     Args:
       inputs: number of leading axes that the projection sums over.
     """
+    if isinstance(stored := module.get_variable("params", name), Tiles):
+        return stored
     if not module.config.quantise:
         init = nn.with_logical_partitioning(nn.initializers.normal(fan_in**-0.5), axes)
         return module.param(name, init, shape, jnp.float32)
@@ -41,12 +45,21 @@ def weight(
     return module.param(name, nn.with_logical_partitioning(nn.initializers.zeros, axes), shape, jnp.int8)
 
 
-def matmul(x: jax.Array, w: jax.Array) -> jax.Array:
+def matmul(x: jax.Array, w: jax.Array | Tiles, inputs: int = 1) -> jax.Array:
     """x [..., D] times w [D, ...], in x's dtype. All tokens are one axis: with more, XLA transposes the gradients that
     the gradient of w is made of, which takes as long as half the products on a CPU.
+
+    Args:
+      inputs: number of axes of x and w that are summed over. As one: over two, XLA may copy the matrix of every layer
+        to bring it into the order of x.
     """
-    flat = jnp.tensordot(x.reshape(-1, x.shape[-1]), w.astype(x.dtype), 1)
-    return flat.reshape(*x.shape[:-1], *w.shape[1:])
+    tokens = x.shape[: x.ndim - inputs]
+    flat = x.reshape(math.prod(tokens), -1)
+    if isinstance(w, Tiles):
+        y = w.product(flat)
+    else:
+        y = jnp.tensordot(flat, w.reshape(-1, *w.shape[inputs:]).astype(x.dtype), 1)
+    return y.reshape(*tokens, *y.shape[1:])
 
 
 def scaled(y: jax.Array, scale: jax.Array) -> jax.Array:
@@ -164,9 +177,7 @@ class Attention(nn.Module):
         values = nn.with_logical_constraint(project("value", value), ("batch", "length", "kv_heads", "head_dim"))
         q, keys, values = (checkpoint_name(a, "qkv") for a in (q, keys, values))
         out, context = context.attend(q, keys, values)
-        # One contracted axis: over two, XLA may copy the matrix of every layer to bring it into the order of `out`.
-        flat = matmul(out.reshape(*out.shape[:2], n * h), output.reshape(n * h, d))
-        return projected(self, "output", out, flat, inputs=2), context
+        return projected(self, "output", out, matmul(out, output, inputs=2), inputs=2), context
 
 
 class SwiGLU(nn.Module):

@@ -43,7 +43,7 @@ class Qwen3(nn.Module):
         chex.assert_equal_shape([tokens, positions])
         c = self.config
         embedding, scale = layers.Table(c, name="embed")()
-        if not c.tie_embeddings:
+        if self.is_initializing() and not c.tie_embeddings:
             layers.Table(c, name="head")()
         x = tables.embedded(embedding, scale, tokens, c.dtype)
         x = nn.with_logical_constraint(x, ("batch", "length", "hidden"))

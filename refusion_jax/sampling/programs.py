@@ -20,6 +20,7 @@ import jax.numpy as jnp
 from flax import struct
 from jax.sharding import Mesh
 
+from refusion_jax.model import tiles
 from refusion_jax.model.cache import KVCache
 from refusion_jax.model.cached_attention import Cached
 from refusion_jax.model.config import ModelConfig
@@ -103,7 +104,11 @@ def forward(sampler, params: dict, state: State) -> State:
     # What some row needs others fill at no cost.
     room = jnp.maximum(widths[choice(jax.vmap(sampler.needed)(rows))], sampler.free)
     window = jax.vmap(sampler.ask, (0, None))(rows, room)
-    see = functools.partial(look, sampler, params, window, rows.settings)
+
+    def see(width, cache):
+        held = tiles.suited(params, len(rows.done) * width)
+        return look(sampler, held, window, rows.settings, width, cache)
+
     cache, seen = by_width(see, sizes, choice(window.used), state.cache)
     if sampler.in_place and sampler.verified:
         cache, seen = verify(sampler, params, window, rows.settings, cache, seen)
@@ -226,7 +231,8 @@ def prefill(sampler, params: dict, state: State, chunk: Chunk) -> State:
         view = cache.replace(rows=chunk.row, length=offset)
         blocks = flat(chunk.blocks)
         context = Cached.appended(view, blocks[:, :, None] >= blocks[:, None], sampler.model.attention)
-        _, context = Qwen3(sampler.model).apply({"params": params}, tokens, flat(chunk.positions), context)
+        held = tiles.suited(params, tokens.size)
+        _, context = Qwen3(sampler.model).apply({"params": held}, tokens, flat(chunk.positions), context)
         cache = context.cache
     cache = cache.replace(rows=None, length=state.cache.length.at[to].set(length, mode="drop"))
 
@@ -287,8 +293,14 @@ def decode_model(model: ModelConfig, mesh: Mesh | None = None) -> ModelConfig:
 
 
 def decode_params(params: dict, mesh: Mesh | None = None) -> dict:
-    """A checkpoint's parameters as decoding takes them on these devices; as they are when they are so already."""
-    return params if scans(mesh) or "layers" not in params else _unstack(mesh)(params)
+    """A checkpoint's parameters as decoding takes them on these devices; as they are when they are so already. On one
+    CPU there are "tiles" too, which forwards of few tokens take.
+    """
+    if scans(mesh) or "layers" not in params:
+        return params
+    params = _unstack(mesh)(params)
+    one_cpu = _platform(mesh) == "cpu" and (mesh is None or mesh.size == 1)
+    return params | ({"tiles": tiles.tiled(params)} if one_cpu and tiles.pay(params) else {})
 
 
 @functools.cache

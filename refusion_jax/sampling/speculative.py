@@ -29,10 +29,11 @@ from flax import struct
 from refusion_jax.errors import UserError
 from refusion_jax.model.config import ModelConfig
 from refusion_jax.sampling.config import SamplerConfig, setting
-from refusion_jax.sampling.plan_and_infill import CPU_FREE_TOKENS, FREE_TOKENS
+from refusion_jax.sampling.plan_and_infill import FREE_TOKENS
 from refusion_jax.sampling.reduction import Query, Seen
 from refusion_jax.sampling.state import BaseRow, Canvas, Request, first, select
 
+CPU_TOKENS = 32  # of a batch's windows on a CPU, where none are free
 LOOKUP_TOKENS = 1024  # the end of a prompt that look-up knows
 LOOKUP_SURE = 0.8  # what a token of look-up counts as when the likely ends of a draft are chosen
 
@@ -99,7 +100,7 @@ class SpeculativeConfig(SamplerConfig):
 
     def sampler(self, model: ModelConfig, batch: int, platform: str) -> "Speculative":
         d, cpu = self.draft_length, platform == "cpu"
-        room = (CPU_FREE_TOKENS if cpu else FREE_TOKENS) // batch - 1 - d
+        room = (CPU_TOKENS if cpu else FREE_TOKENS) // batch - 1 - d
         cuts = 0 if self.draft == "lookup" else self.cuts or min(max(room // (d + 1), 1), d + 1)
         window = 1 + d + cuts * (d + 1)
         without = 1 if self.draft == "lookup" else 2 + d  # tokens of a row that has no draft
