@@ -40,9 +40,8 @@ PLAN, VERIFY, COMPLETE = range(3)
 # Tokens a forward takes in about the time that reading the weights takes, on chips made for this.
 FREE_TOKENS = 160
 # On a CPU every token costs: 4, 8, 16 and 32 tokens take 1.1, 1.5, 2.7 and 4.6 times as long as one. So forwards are no
-# wider than their rows need, in a few widths, and carry more than that up to so many tokens only.
-CPU_FREE_TOKENS = 8
-CPU_WIDTHS = 4  # a quarter, a half, .. of a window
+# wider than their rows need, in so many widths: a quarter, a half, .. of a window.
+CPU_WIDTHS = 4
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,8 +60,8 @@ class PlanAndInfillConfig(SamplerConfig):
     )
     speculate: str = setting(
         "auto",
-        "carry tokens that may be needed next in the same forward; auto decides from batch, width and device. Changes "
-        "the number of forwards, never a token",
+        "carry tokens that may be needed next in the same forward; auto: not on CPUs, elsewhere as many as batch and "
+        "slots leave free. Changes the number of forwards, never a token",
         choices=("off", "on", "auto"),
     )
     window: int = setting(0, "most tokens of a row's window with speculation; 0: chosen")
@@ -135,11 +134,10 @@ class PlanAndInfillConfig(SamplerConfig):
 
     def sampler(self, model: ModelConfig, batch: int, platform: str) -> "PlanAndInfill":
         n, k, cpu = self.slots // self.blocks, self.slot_size, platform == "cpu"
-        auto = 0 if cpu else FREE_TOKENS // batch
-        tokens = {"off": 0, "auto": auto, "on": max(FREE_TOKENS, 2 * n * k)}[self.speculate]
-        carry, parts = self.speculate != "off", CPU_WIDTHS if cpu else 1
+        tokens = {"off": 0, "auto": FREE_TOKENS // batch, "on": max(FREE_TOKENS, 2 * n * k)}[self.speculate]
+        carry = self.speculate == "on" or (self.speculate == "auto" and (not cpu or self.window > 0))
         chunks = max(n, (self.window or tokens) // k) if carry else n
-        most = CPU_FREE_TOKENS // batch if cpu and self.speculate == "auto" and not self.window else chunks * k
+        parts = CPU_WIDTHS if cpu else 1
         return PlanAndInfill(
             model,
             slots=n,
@@ -147,7 +145,7 @@ class PlanAndInfillConfig(SamplerConfig):
             blocks=self.blocks,
             widths=tuple(sorted({-(-chunks * part // parts) * k for part in range(1, parts + 1)})),
             carry=carry,
-            free=min(most, chunks * k),
+            free=chunks * k,
         )
 
 
