@@ -108,13 +108,13 @@ class Recorded(Masked):
         noise = request.own.get("noise", jnp.zeros((STEPS, ROOM, self.vocabulary)))
         return Row(**vars(super().start(request)), noise=noise)
 
-    def ask(self, row: Row, room: jax.Array) -> masked.Window:
+    def ask(self, row: Row) -> masked.Window:
         own, step = row.settings.own, jnp.arange(STEPS)
         t = 1 - step * (1 - own["eps"]) / own["steps"]
         spread = lambda x: jnp.broadcast_to(x, (ROOM, *jnp.shape(x)))
         times = spread(t), spread(t - (1 - own["eps"]) / own["steps"])
         question = Question(jnp.swapaxes(row.noise, 0, 1), *times, spread(row.step == own["steps"]))
-        return super().ask(row, room).replace(query=question)
+        return super().ask(row).replace(query=question)
 
     def advance(self, row: Row, window: masked.Window, seen: Scores) -> tuple[Row, jax.Array]:
         """Of the steps that are left the first that changes the text; behind them one forward more."""
@@ -184,14 +184,14 @@ class RecordedScores(Recorded):
         noise = request.own.get("noise", jnp.zeros((STEPS + 1, ROOM, self.vocabulary)))
         return super().start(request).replace(noise=noise)
 
-    def ask(self, row: Row, room: jax.Array) -> masked.Window:
+    def ask(self, row: Row) -> masked.Window:
         own = row.settings.own
         step = (1 - own["eps"]) / own["steps"]
         last = row.step == own["steps"]
         share = jnp.where(last, 1.0, step / (1 - row.step * step))
         spread = lambda x: jnp.broadcast_to(x, (ROOM,))
         question = ScoresQuestion(row.noise[row.step], spread(share), spread(last))
-        return Masked.ask(self, row, room).replace(query=question)
+        return Masked.ask(self, row).replace(query=question)
 
     def advance(self, row: Row, window: masked.Window, seen: Scores) -> tuple[Row, jax.Array]:
         drafted = self.open(row.canvas, row.settings) & (seen.draft != self.model.mask_token_id)

@@ -53,7 +53,6 @@ class Autoregressive:
     length: int
     window: int = 1
     widths: tuple[int, ...] = (1,)
-    free: int = 1
     in_place: ClassVar[bool] = False
     held_back: int = 1  # the prompt's last token is the first window
 
@@ -65,10 +64,7 @@ class Autoregressive:
             last=request.last_token,
         )
 
-    def needed(self, row: Row) -> jax.Array:
-        return jnp.int32(1)
-
-    def ask(self, row: Row, room: jax.Array) -> Window:
+    def ask(self, row: Row) -> Window:
         count = row.canvas.count
         token = row.last[None]
         keys = jax.random.fold_in(row.key, count)[None]

@@ -257,10 +257,6 @@ class Block:
     def widths(self) -> tuple[int, ...]:
         return (self.window,)
 
-    @property
-    def free(self) -> int:
-        return self.window
-
     def start(self, request: Request) -> Row:
         known = jnp.int32(0) if self.from_answer else request.prompt_length % self.window
         start, zero = request.prompt_length - known, jnp.int32(0)
@@ -292,10 +288,7 @@ class Block:
         key = jax.random.fold_in(jax.random.fold_in(row.key, row.start), self.window)
         return jax.random.randint(key, (self.window,), 0, row.settings.own["steps"])
 
-    def needed(self, row: Row) -> jax.Array:
-        return jnp.int32(self.window)
-
-    def ask(self, row: Row, room: jax.Array) -> Window:
+    def ask(self, row: Row) -> Window:
         inside, place = self.inside(row), jnp.arange(self.window)
         keys = jax.vmap(jax.random.fold_in, (None, 0))(self.key(row), place)
         return Window(

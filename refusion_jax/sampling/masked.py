@@ -155,7 +155,6 @@ class Masked:
     widths: tuple[int, ...]
     transfer: bool
     in_place: ClassVar[bool] = True
-    free: ClassVar[int] = 0
     held_back: ClassVar[int] = 0
 
     @property
@@ -200,10 +199,7 @@ class Masked:
         behind = jnp.arange(self.length).reshape(first.shape) >= request.settings.limit
         return jnp.argsort(jnp.argsort(jnp.where(behind, jnp.inf, first), axis=1), axis=1).reshape(-1)
 
-    def needed(self, row: Row) -> jax.Array:
-        return jnp.int32(0)
-
-    def ask(self, row: Row, room: jax.Array) -> Window:
+    def ask(self, row: Row) -> Window:
         size = len(row.prompt)
         position, offset = jnp.arange(size), self.offset(row)
         answer = jnp.where(row.canvas.when < 0, self.model.mask_token_id, row.canvas.tokens)

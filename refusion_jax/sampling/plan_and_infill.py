@@ -145,7 +145,6 @@ class PlanAndInfillConfig(SamplerConfig):
             blocks=self.blocks,
             widths=tuple(sorted({-(-chunks * part // parts) * k for part in range(1, parts + 1)})),
             carry=carry,
-            free=chunks * k,
         )
 
 
@@ -157,7 +156,6 @@ class PlanAndInfill:
       slots: n, slots of a block.
       widths: tokens that a forward may take, multiples of k; the last is W, at least n * k.
       carry: whether speculative chunks fill the window.
-      free: tokens they may fill, at most W, besides what a forward takes anyway.
       held_back: tokens of the prompt that are left to the first window.
     """
 
@@ -167,7 +165,6 @@ class PlanAndInfill:
     blocks: int
     widths: tuple[int, ...]
     carry: bool = False
-    free: int = 0
     held_back: int = 0
     in_place: ClassVar[bool] = False
 
@@ -216,14 +213,9 @@ class PlanAndInfill:
 
     # ------------------------------------------------------------------ what a row forwards
 
-    def needed(self, row: Row) -> jax.Array:
-        """Tokens of a row's main chunks."""
-        return jnp.where(row.phase == PLAN, row.remaining, row.chosen).sum() * self.slot_size
-
-    def ask(self, row: Row, room: jax.Array) -> Window:
-        """The window of a row in whatever phase it is, filled up to `room` tokens, which its main chunks fit in."""
+    def ask(self, row: Row) -> Window:
+        """The window of a row in whatever phase it is."""
         n, k, c = self.slots, self.slot_size, self.chunks
-        room //= k
         slot, column = jnp.arange(n), jnp.arange(k)
         planning = row.phase == PLAN
         main = jnp.where(planning, row.remaining, row.chosen)
@@ -235,14 +227,14 @@ class PlanAndInfill:
 
         # Candidates in order of need: main, next plan, guesses cut by cut, likely ones first. As many as there is room
         # for.
-        carried = speculation.carry(self, row, main, stop_at, stop_slot, ~planning & self.carry, room)
+        carried = speculation.carry(self, row, main, stop_at, stop_slot, ~planning & self.carry)
         by_cut = lambda flags: flags.T.reshape(-1)
         guesses = [by_cut(carried.guess & carried.likely), by_cut(carried.guess & ~carried.likely)]
         wanted = jnp.concatenate([main, carried.plan, *guesses])
         slots = jnp.concatenate([slot, slot, jnp.tile(slot, 2 * k)])
         cuts = jnp.concatenate([cut, jnp.zeros(n, jnp.int32), jnp.tile(jnp.repeat(column, n), 2)])
         rank = jnp.cumsum(wanted) - 1
-        at = jnp.where(wanted & (rank < room), rank, c)
+        at = jnp.where(wanted & (rank < c), rank, c)
         candidate = jnp.full(c, 2 * n).at[at].set(jnp.arange(len(wanted)), mode="drop")
         chunk_slot, chunk_cut = slots[candidate], cuts[candidate]
         is_main, is_plan = candidate < n, (candidate >= n) & (candidate < 2 * n)
@@ -265,7 +257,7 @@ class PlanAndInfill:
             offsets=offsets,
             positions=row.positions[offsets],
             mask=(same & (token[:, None] >= token)) | (before & (together | planned)),
-            used=jnp.minimum(wanted.sum(), room) * k,
+            used=jnp.minimum(wanted.sum(), c) * k,
             query=Query.of(jnp.roll(tokens, -1, axis=1).reshape(-1), keys, row.settings),
             main_at=at[:n],
             plan_at=at[n : 2 * n],

@@ -1,11 +1,10 @@
 """What is compiled for decoding: the loop of a sampler over a batch, and the prefill of prompts.
 
 A sampler (plan_and_infill.py, speculative.py, masked.py, block.py, ..) is a frozen, hashable dataclass with `model`,
-`length` (of an answer), `widths` (tokens that a forward may take, ascending), `window` (the last of them), `free`
-(tokens that a row may always fill), `held_back` (prompt tokens left to the first window), and functions of one row:
-`start(request) -> row`, `needed(row) -> tokens`, `ask(row, room) -> window`, `advance(row, window, seen) -> (row,
-tokens committed)`. A process compiles one loop for each (sampler, batch, length of the cache), and prefills of a few
-widths; settings of a request are traced.
+`length` (of an answer), `widths` (tokens that a forward may take, ascending), `window` (the last of them), `held_back`
+(prompt tokens left to the first window), and functions of one row: `start(request) -> row`, `ask(row) -> window`,
+`advance(row, window, seen) -> (row, tokens committed)`. A process compiles one loop for each (sampler, batch, length of
+the cache), and prefills of a few widths; settings of a request are traced.
 
 With `in_place` a window overwrites the entries of its positions and may be as wide as the cache, a row holds its
 `prompt` [cache_length] and forwards it itself, and `window.at` says which tokens' logits are asked for.
@@ -99,20 +98,18 @@ def forward(sampler, params: dict, state: State) -> State:
     rows, sizes = state.rows, sampler.widths
     if sampler.in_place:  # at times all that is in the cache
         sizes = (*(size for size in sizes if size < state.cache.cache_length), state.cache.cache_length)
-    widths = jnp.array(sizes)
-    choice = lambda tokens: jnp.searchsorted(widths, jnp.where(rows.done, 0, tokens).max())  # the least that is enough
-    # What some row needs others fill at no cost.
-    room = jnp.maximum(widths[choice(jax.vmap(sampler.needed)(rows))], sampler.free)
-    window = jax.vmap(sampler.ask, (0, None))(rows, room)
+    window = jax.vmap(sampler.ask)(rows)
+    used = jnp.where(rows.done, 0, window.used)
+    choice = jnp.searchsorted(jnp.array(sizes), used.max())  # the least that is enough
 
     def see(width, cache):
         held = tiles.suited(params, len(rows.done) * width)
         return look(sampler, held, window, rows.settings, width, cache)
 
-    cache, seen = by_width(see, sizes, choice(window.used), state.cache)
+    cache, seen = by_width(see, sizes, choice, state.cache)
     if sampler.in_place and sampler.verified:
         cache, seen = verify(sampler, params, window, rows.settings, cache, seen)
-    rows = rows.replace(canvas=jax.vmap(Canvas.forwarded)(rows.canvas, jnp.where(rows.done, 0, window.used)))
+    rows = rows.replace(canvas=jax.vmap(Canvas.forwarded)(rows.canvas, used))
     rows, committed = jax.vmap(sampler.advance)(rows, window, seen)
     return State(cache.commit(committed), rows)
 

@@ -47,7 +47,6 @@ def carry(
     stop_at: jax.Array,
     stop_slot: jax.Array,
     drafted: jax.Array,
-    room: jax.Array,
 ) -> Carried:
     """What a row's window carries besides its main chunks.
 
@@ -56,7 +55,6 @@ def carry(
       stop_at: [n] index of the first stop id in each slot's fill; k: none.
       stop_slot: the first main slot with one; n: none.
       drafted: bool, whether main chunks are drafts, so that there is something to guess.
-      room: chunks there is room for, main ones included.
     """
     n, k = sampler.slots, sampler.slot_size
     slot, column = jnp.arange(n), jnp.arange(k)
@@ -67,7 +65,7 @@ def carry(
     open_next = sampler.open_slots(row.settings, row.closed)[jnp.minimum(row.block + 1, sampler.blocks - 1)]
     next_block = ~after.any() & (stop_slot == n) & open_next.any() & (row.block + 1 < sampler.blocks)
     plan = jnp.where(next_block, open_next, after) & drafted & ~row.predicting.any()
-    plan &= main.sum() + plan.sum() <= room
+    plan &= main.sum() + plan.sum() <= sampler.chunks
 
     # Every place a draft may be rejected at, the likely ones (low confidence) first, in the order they are met.
     unsure = row.chosen & ~row.predicting & (row.prefix < k) & (stop_at >= row.prefix) & drafted

@@ -157,10 +157,6 @@ class Speculative:
     def window(self) -> int:
         return self.widths[-1]
 
-    @property
-    def free(self) -> int:
-        return self.window
-
     def start(self, request: Request) -> Row:
         d = self.draft_length
         row = Row.begin(
@@ -175,10 +171,7 @@ class Speculative:
         )
         return self.look_up(row) if self.tail else row
 
-    def needed(self, row: Row) -> jax.Array:
-        return jnp.int32(1) + row.drafted + (1 + self.draft_length if self.cuts else 0)
-
-    def ask(self, row: Row, room: jax.Array) -> Window:
+    def ask(self, row: Row) -> Window:
         """The last token, the draft, and runs of masks behind the ends that it is likely to have."""
         run = self.draft_length + 1
         cuts = self.likely_ends(row)
